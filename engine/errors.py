@@ -1,0 +1,72 @@
+"""What a user is told when something is wrong: the place, the key, what is wrong, what to do next.
+
+Every mistake of a user ends in one of three exceptions. A recipe that can't be read is a `RecipeError`; one that
+doesn't fit its model or its data is a `PlanError`; anything that stops a run is a `RunError`. Never a bare `Exception`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+Key = tuple[str | int, ...]
+"""The path of a key in the recipe, e.g. `("stages", 1, "unfreeze", 0)`; `()` is the recipe as a whole."""
+
+DONE, CRASH, REFUSED, ENVIRONMENT, LOCKED, GUARD, NOTHING_TO_RESUME = range(7)
+"""Exit codes: 0 done, 1 crash, 2 recipe refused, 3 disk or environment, 4 locked, 5 a guard stopped it, 6 nothing to resume."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a recipe."""
+
+    key: Key
+    """The key it stands at."""
+    what: str
+    """What is wrong, in the user's words."""
+    next: str = ""
+    """What to do about it."""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.what}; {self.next}" if self.next else self.what
+
+
+class Source(Protocol):
+    """Knows where in which file each key of a recipe was written."""
+
+    def render(self, problems: Iterable[Problem]) -> str:
+        """The problems as a user reads them: `file:line:column  key: sentence`, one a line."""
+        ...
+
+
+class FrostlineError(Exception):
+    """The root of what a user is told; a command turns it into words and an exit code, never a traceback."""
+
+    exit_code: ClassVar[int] = CRASH
+
+
+class _Problems(FrostlineError):
+    exit_code = REFUSED
+
+    def __init__(self, problems: Iterable[Problem], source: Source | None = None):
+        self.problems = tuple(problems)
+        self.source = source
+        super().__init__("\n".join(problem.sentence for problem in self.problems))
+
+
+class RecipeError(_Problems):
+    """The file is not a recipe: every problem of it at once."""
+
+
+class PlanError(_Problems):
+    """The recipe doesn't fit the model or the data: every problem of it at once."""
+
+
+class RunError(FrostlineError):
+    """Something stopped a run: one sentence, and the exit code that says of which kind."""
+
+    def __init__(self, sentence: str, exit_code: int = GUARD):
+        super().__init__(sentence)
+        self.exit_code = exit_code  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,0 +1,166 @@
+"""Every key a user can write. A recipe is data: frozen, strict, and it knows nothing of the model it names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from engine.adapters import Adapter
+from engine.part import Part, Patterns, one_or_many
+from engine.schedules import SCHEDULES, StageEntry
+from engine.schedules.base import Rate, Share
+from engine.tasks import TASKS
+
+
+class Model(Part):
+    """The pretrained model to start from."""
+
+    shorthand = "path"
+
+    path: str
+    """A model of the Hub, a local folder, or `package:NAME/PATH` for one that an installed Python package carries."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights in memory; what trains is always float32."""
+    attn_implementation: str | None = None
+    """How attention is computed: `eager`, `sdpa`, `flash_attention_2`, ..."""
+
+
+class Splits(Part):
+    """Which rows train and which rows judge."""
+
+    train: str = "train"
+    """Split to train on; slices such as `train[:80%]` work."""
+    validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Split that judges, or the share of the training rows to hold out; if left out, `validation` where the data have
+    one, else a tenth of the training rows."""
+    test: str | None = None
+    """Split that is read once, at the very end."""
+
+
+class Data(Part):
+    """The data set: one of the Hub, files, or files that an installed Python package carries."""
+
+    shorthand = "path"
+
+    path: str
+    """A data set of the Hub; one of `csv`, `json`, `parquet`, `text` with `data_files`; or a file or folder."""
+    name: str | None = None
+    """Configuration of a data set of the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = None
+    """File, files, or a mapping from split to files."""
+    splits: Splits = Splits()
+    """Which rows train and which rows judge."""
+    columns: dict[str, str] = {}
+    """Mapping from the task's column names to those of the data."""
+
+
+class Training(Part):
+    """How weights move, in Hugging Face's words; a stage may say otherwise for itself."""
+
+    learning_rate: Rate = 5e-5
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of the weights per step and unit of rate; biases and norms are left out."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.0
+    """Steps of linear warm-up; below 1 a share of the stage."""
+    lr_scheduler_type: str = "linear"
+    """How the rate falls over a stage: a name of `transformers.SchedulerType`."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Further arguments of that schedule."""
+    layer_decay: Share = 1.0
+    """Rate of each block as a share of the block above it (BEiT 0.65, ULMFiT 1 / 2.6)."""
+    optim: str = "adamw_torch"
+    """Optimizer: a name of `transformers.training_args.OptimizerNames`."""
+    optim_args: str | None = None
+    """Further arguments of the optimizer, `key=value` with commas between."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Rate = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over all classes."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
+    """Order of the examples; grouping by length spares padding, and does nothing where examples have no length."""
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between two records of the loss."""
+
+
+class Evaluation(Part):
+    """How a model is judged while it trains."""
+
+    shorthand = "metric"
+
+    metric: str | None = None
+    """The metric that decides what is best; the task's first if left out."""
+    metrics: Annotated[tuple[str, ...], BeforeValidator(one_or_many, json_schema_input_type=str | list[str])] = ()
+    """Further metrics to compute."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between evaluations; once an epoch if left out."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Examples per device and batch; the training's own if left out."""
+
+
+def _named(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+def _kind(value: Any) -> Any:
+    """The tag of a task or of `stages`: a list, or the `type` of what generates one."""
+    if isinstance(value, (list, tuple)):
+        return "list"
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _one_of(parts: tuple[type[Part], ...], *more: Any) -> Any:
+    """The union of `parts`, told apart by their `type`."""
+    tagged = [Annotated[part, Tag(part.model_fields["type"].annotation.__args__[0])] for part in parts]  # pyright: ignore
+    return Annotated[Union[(*more, *tagged)], Discriminator(_kind)]
+
+
+AnyTask = Annotated[_one_of(TASKS), BeforeValidator(_named, json_schema_input_type=str)]
+Stages = _one_of(SCHEDULES, Annotated[tuple[StageEntry, ...], Tag("list"), Field(min_length=1)])
+
+
+class Recipe(Part):
+    """What a user wrote."""
+
+    model: Model
+    """The pretrained model to start from."""
+    task: AnyTask
+    """What to fine-tune for: a pipeline tag of the Hub, or a mapping with it as `type` and the task's own keys."""
+    data: Data
+    """The data set to train and judge on."""
+    freeze: Patterns = ()
+    """Patterns of what starts frozen."""
+    adapters: tuple[Adapter, ...] = ()
+    """Adapters for the parts that stages unfreeze."""
+    stages: Stages = (StageEntry(name="all", epochs=3.0),)
+    """The stages in order, or a mapping whose `type` generates them."""
+    training: Training = Training()
+    """How weights move."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per optimizer step, over all devices together."""
+    per_device_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Most examples a device takes at once; the rest is gradient accumulation."""
+    evaluation: Evaluation = Evaluation()
+    """How a model is judged while it trains."""
+    cache: Literal["auto", "off"] = "auto"
+    """Whether activations of the frozen prefix are kept and replayed where that pays."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Decides the head's first weights, the order of the data and every dropout mask."""
+
+    @model_validator(mode="after")
+    def _distinct_stages(self) -> Recipe:
+        names = [stage.name for stage in self.stages] if isinstance(self.stages, tuple) else []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two stages are called {twice[0]}; overrides and reports tell stages apart by name")
+        return self
