@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 Key = tuple[str | int, ...]
 """The path of a key in the recipe, e.g. `("stages", 1, "unfreeze", 0)`; `()` is the recipe as a whole."""
 
 DONE, CRASH, REFUSED, ENVIRONMENT, LOCKED, GUARD, NOTHING_TO_RESUME = range(7)
-"""Exit codes: 0 done, 1 crash, 2 recipe refused, 3 disk or environment, 4 locked, 5 a guard stopped it, 6 nothing to resume."""
+"""Exit codes 0 to 6; 2 is a refused recipe, 3 a disk or an environment, 5 a guard that stopped a run."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class Source(Protocol):
 class FrostlineError(Exception):
     """The root of what a user is told; a command turns it into words and an exit code, never a traceback."""
 
-    exit_code: ClassVar[int] = CRASH
+    exit_code: int = CRASH
 
 
-class _Problems(FrostlineError):
+class ProblemsError(FrostlineError):
+    """One or more problems of a recipe, and the source that knows where they stand."""
+
     exit_code = REFUSED
 
     def __init__(self, problems: Iterable[Problem], source: Source | None = None):
@@ -56,11 +58,11 @@ class _Problems(FrostlineError):
         super().__init__("\n".join(problem.sentence for problem in self.problems))
 
 
-class RecipeError(_Problems):
+class RecipeError(ProblemsError):
     """The file is not a recipe: every problem of it at once."""
 
 
-class PlanError(_Problems):
+class PlanError(ProblemsError):
     """The recipe doesn't fit the model or the data: every problem of it at once."""
 
 
@@ -69,4 +71,4 @@ class RunError(FrostlineError):
 
     def __init__(self, sentence: str, exit_code: int = GUARD):
         super().__init__(sentence)
-        self.exit_code = exit_code  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.exit_code = exit_code

@@ -18,7 +18,8 @@ class ChainThaw(Schedule):
     def entries(self, blocks: int, learning_rate: float) -> tuple[StageEntry, ...]:
         stages = [self.stage("head", learning_rate=learning_rate)]
         before = "@head"
-        for name, selector in [("embeddings", "@embeddings"), *((f"block-{i}", f"@blocks[{i}]") for i in range(blocks))]:
+        layers = [("embeddings", "@embeddings"), *((f"block-{i}", f"@blocks[{i}]") for i in range(blocks))]
+        for name, selector in layers:
             stages.append(self.stage(name, freeze=(before,), unfreeze=(selector,), learning_rate=learning_rate))
             before = selector
         opened = ("@embeddings", "@blocks", "@head")

@@ -1,4 +1,4 @@
-"""Gradual unfreezing (Howard & Ruder 2018, ULMFiT, https://arxiv.org/abs/1801.06146): head first, then down from the top."""
+"""Gradual unfreezing (Howard & Ruder 2018, ULMFiT, https://arxiv.org/abs/1801.06146): head first, then downwards."""
 
 from __future__ import annotations
 
