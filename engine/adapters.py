@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field
 
 from engine.part import Part, Patterns
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
 
 
 class Adapter(Part):
@@ -25,3 +30,68 @@ class Adapter(Part):
     def fields(self) -> dict[str, Any]:
         """The keys that are PEFT's own."""
         return dict(self.__pydantic_extra__ or {})
+
+
+def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftConfig:
+    """The real PEFT config of an adapter on exactly the named modules.
+
+    Raises `ValueError` in the user's words: an unknown kind, a field its config class doesn't have, a value it refuses.
+    """
+    from dataclasses import fields as fields_of
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    kinds = {peft_type.value.lower(): peft_type for peft_type in PeftType}
+    if kind not in kinds:
+        raise ValueError(f"`{kind}` is no adapter of the installed PEFT; it has {', '.join(sorted(kinds))}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[kind]]
+    known = {field.name for field in fields_of(config_class)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(
+            f"`{unknown[0]}` is no field of PEFT's {config_class.__name__}; it has {', '.join(sorted(known))}"
+        )
+    if "target_modules" not in known:
+        raise ValueError(f"`{kind}` goes to a model as a whole and not to modules; stages can't freeze or thaw it yet")
+    try:
+        return config_class(target_modules=list(targets), **fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"PEFT refuses it: {error}") from error
+
+
+def attach(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """Put an adapter called `name` on the modules its config lists, in place, beside those that are there already."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, model, adapter_name=name)
+    _activate(model)
+
+
+def detach(model: nn.Module, how: str) -> None:
+    """Take every adapter off, in place: `merge` adds what it learned to the weights, `drop` forgets it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            if how == "merge":
+                layer.merge(safe_merge=True)
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+
+
+def _activate(model: nn.Module) -> None:
+    """Make every adapter of every layer take part in its forward pass: PEFT runs only the last one by itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(sorted({name for part in layer.adapter_layer_names for name in getattr(layer, part)}))
+
+
+def adapted(model: nn.Module) -> set[str]:
+    """Names, in the bare model, of the modules that hold an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name.replace(".base_layer", "") for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
+    }

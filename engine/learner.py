@@ -1,0 +1,298 @@
+"""The one mutable thing of a run: model, optimizer and accelerator, from stage to stage.
+
+Between two stages everything that was wrapped is unwrapped and wrapped anew. Unfreezing under a live DDP wrapper
+trains without any error while the ranks drift apart: DDP reduces only what was trainable when it was built.
+Data order, dropout and learning rate are functions of (seed, stage, step, micro-batch), so none of them is state.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from engine import adapters, freezing, models, optim
+from engine.batches import Batching, MicroBatch
+from engine.data import Encoded, Split, order
+from engine.errors import RunError
+from engine.plan import Stage
+from engine.proof import canary
+from engine.randomness import stable_seed
+from engine.recipe import Recipe
+from engine.tasks import Facts
+
+Batch = dict[str, Any]
+
+
+class Learner:
+    """Trains and judges a model, one stage at a time."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        processor: Any,
+        data: Encoded,
+        facts: Facts,
+        accelerator: Accelerator,
+        batching: Batching,
+    ):
+        self.recipe, self.data, self.facts, self.accelerator = recipe, data, facts, accelerator
+        self.task, self.batching = recipe.task, batching
+        self.model = model.to(accelerator.device)
+        self.processor = processor
+        self.collate = self.task.collate(processor)
+        self.moments: optim.Moments = {}
+        self.moved: set[str] = set()
+        """Every tensor that some stage could change."""
+        self.trained: set[str] = set()
+        """Every parameter that some stage trained."""
+        self.loss_sum, self.weight_sum = 0.0, 0
+        self.smoother = _smoother(recipe.training.label_smoothing_factor)
+
+    # From stage to stage
+
+    def enter(self, stage: Stage) -> int:
+        """Make the model obey a stage; returns how many parameters brought their moments along.
+
+        Raises `RunError` where the canary finds that something else than asked would train.
+        """
+        self.restructure(stage)
+        freezing.obey(self.model, frozenset(stage.trainable))
+        freezing.train_mode(self.model)
+        self._agree("the trainable parameters", sorted(freezing.trainable(self.model)))
+        self.stage, self.share = stage, optim.multiplier(stage)
+        self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
+        self._canary()
+        found = freezing.parameters(self.model)
+        optimizer = optim.build(stage, found, self.recipe.training)
+        carried = optim.carry(optimizer, self.moments) if stage.moments == "keep" else 0
+        self.moved |= freezing.movable(self.model)
+        self.trained |= set(stage.trainable)
+        self.parameters = [found[name] for name in stage.trainable]
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        return carried
+
+    def restructure(self, stage: Stage) -> None:
+        """Put on the adapters that a stage starts with, the same on every device."""
+        for attachment in stage.attaches:
+            torch.manual_seed(stable_seed(self.recipe.seed, "adapter", attachment.name))
+            models.put(self.model, attachment)
+            self.model.to(self.accelerator.device)
+
+    def leave(self) -> None:
+        """Unwrap the model, keep the moments by name, and do with the adapters what the stage says."""
+        self.accelerator.wait_for_everyone()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.moments |= optim.moments(self.optimizer.optimizer)
+        del self.wrapped, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
+        for leftover in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(leftover, None)  # or the next `prepare` takes the model for prepared
+        if self.stage.then != "keep":
+            self.detach(self.stage.then)
+
+    def detach(self, how: str) -> None:
+        """Take the adapters off; merged, they have moved the weights below them."""
+        before = {name: parameter.data_ptr() for name, parameter in freezing.parameters(self.model).items()}
+        tuned = adapters.adapted(self.model)
+        adapters.detach(self.model, how)
+        if how == "merge":
+            self.moved |= {name for name in before if name.rpartition(".")[0] in tuned}
+
+    def _agree(self, what: str, value: Any) -> None:
+        """Every device must see the same; DDP would average the gradients of different layers without a word."""
+        first = broadcast_object_list([value])[0]
+        if not all(gather_object([first == value])):
+            raise RunError(f"the devices disagree about {what} of stage `{self.stage.name}`")
+
+    # Training
+
+    def step(self, step: int) -> float:
+        """One optimizer step; returns the norm of its gradient before clipping.
+
+        Raises `RunError` where the batch has no live label, or the gradient is not finite.
+        """
+        optim.set_rates(self.optimizer, self.share(step))
+        share = self.batching.share(self._indices(step), self.accelerator.process_index)
+        batches = [self._batch(self.data.train, micro) for micro in share]
+        weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
+        total = self._total(weights)
+        if not total:
+            raise RunError(f"stage `{self.stage.name}`, step {step + 1}: not one label of the batch is live")
+        for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
+            torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, step, micro.number))
+            last = turn == len(share) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self._loss(self.wrapped, batch) if weight else self._nothing(batch)
+                # DDP means over devices; the loss is a mean over all the units of the step.
+                self.accelerator.backward(loss * (weight * self.accelerator.num_processes / total))
+            self.loss_sum += loss.detach().double() * weight
+        self.weight_sum += sum(weights)
+        return self._move(step)
+
+    def _move(self, step: int) -> float:
+        limit = self.recipe.training.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a float16 scaler skips the step by itself
+            place = f"stage `{self.stage.name}`, step {step + 1}"
+            raise RunError(f"{place}: the gradient is not finite ({norm}); lower the learning rate or look at the data")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def taken_loss(self) -> float:
+        """The mean loss since it was last taken, over all devices."""
+        sums = torch.tensor([float(self.loss_sum), float(self.weight_sum)], dtype=torch.float64)
+        total = self.accelerator.reduce(sums.to(self._accounting_device), "sum")
+        self.loss_sum, self.weight_sum = 0.0, 0
+        return (total[0] / total[1]).item() if total[1] else math.nan
+
+    def _indices(self, step: int) -> np.ndarray:
+        epoch, place = divmod(step, self.stage.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.indices = epoch, self._order(epoch)
+        size = self.recipe.batch_size
+        return self.indices[place * size : (place + 1) * size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        split, training = self.data.train, self.recipe.training
+        return order(
+            len(split),
+            split.lengths,
+            training.train_sampling_strategy,
+            self.recipe.batch_size,
+            self.recipe.seed,
+            self.stage.index,
+            epoch,
+        )
+
+    def _batch(self, split: Split, micro: MicroBatch) -> Batch:
+        return self._collated(split, micro.indices)
+
+    def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
+        batch = self.collate(split.examples(indices))
+        return {
+            key: value.to(self.accelerator.device) if hasattr(value, "to") else value for key, value in batch.items()
+        }
+
+    def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        outputs = model(**batch)
+        return self.smoother(outputs, batch["labels"]) if self.smoother else outputs.loss
+
+    def _nothing(self, batch: Batch) -> torch.Tensor:
+        """A loss of zero that still reaches every parameter, for a batch without live labels: their mean is 0 / 0."""
+        return self.wrapped(**batch).logits.float().sum() * 0.0
+
+    def _total(self, weights: Sequence[int]) -> int:
+        if self.accelerator.num_processes == 1:
+            return sum(weights)
+        return int(self.accelerator.reduce(torch.tensor(sum(weights), device=self._accounting_device), "sum").item())
+
+    @property
+    def _accounting_device(self) -> torch.device:
+        # MPS has no float64; what is counted there is counted on the CPU, where one process needs no collective.
+        device = self.accelerator.device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    def _canary(self) -> None:
+        """Try the stage on the longest examples; where memory runs out on any device, halve the micro-batch on all."""
+        split = self.data.train
+        longest = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths)[::-1]
+        while True:
+            batch = self._collated(split, longest[: self.batching.micro].tolist())
+            scratch = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
+            short = False
+            try:
+                torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, "canary"))
+                canary(self.model, scratch, lambda batch=batch: self._loss(self.model, batch), self.stage.name)
+            except torch.OutOfMemoryError:
+                short = True
+            del scratch
+            if not any(gather_object([short])):
+                return
+            gc.collect()
+            torch.cuda.empty_cache()
+            if self.batching.micro == 1:
+                raise RunError(f"stage `{self.stage.name}`: one example alone doesn't fit the device's memory")
+            self.batching = self.batching.halved()
+
+    # Judging
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Every metric of the recipe and the loss, each example counted once. Raises `RunError` where one is lost."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        size = self.recipe.evaluation.batch_size or max(self.batching.micro, 8)
+        by_length = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths, kind="stable")
+        chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)]
+        rows: list[tuple[int, Any, Any]] = []
+        sums = [0.0, 0]
+        with freezing.eval_mode(self.model):
+            for chunk in chunks[rank::processes]:
+                batch = self._collated(split, chunk)
+                outputs = self.wrapped_forward(batch)
+                weight = self.task.weight(batch)
+                sums[0] += float(outputs.loss) * weight if weight else 0.0
+                sums[1] += weight
+                rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
+        return self._scored(split, gather_object(rows), gather_object([tuple(sums)]))
+
+    def wrapped_forward(self, batch: Batch) -> Any:
+        """A forward pass under the accelerator's precision, without DDP's hooks."""
+        with self.accelerator.autocast():
+            return self.model(**batch)
+
+    def _scored(
+        self, split: Split, rows: Sequence[tuple[int, Any, Any]], sums: Sequence[tuple[float, int]]
+    ) -> dict[str, float]:
+        rows = sorted(rows, key=lambda row: row[0])
+        if [index for index, _, _ in rows] != list(range(len(split))):
+            raise RunError(f"{len(rows)} answers came back for {len(split)} examples; an evaluation counts each once")
+        weight = sum(part for _, part in sums)
+        loss = sum(part for part, _ in sums) / weight if weight else math.nan
+        predictions, references = [row[1] for row in rows], [row[2] for row in rows]
+        scores = self.task.score(predictions, references, self.metrics, self.facts)
+        return {"loss": loss, **scores}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics to compute, the one that decides first."""
+        wanted = self.recipe.evaluation
+        named = ((wanted.metric,) if wanted.metric else ()) + wanted.metrics or self.task.metrics
+        return tuple(name for name in dict.fromkeys(named) if name != "loss")
+
+    # Keeping
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of every tensor that the stage may change, on the CPU."""
+        moving = freezing.movable(self.model)
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items() if name in moving}
+
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        """Put tensors back, by name."""
+        tensors = self.tensors()
+        with torch.no_grad():
+            for name, value in snapshot.items():
+                tensors[name].copy_(value)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer, by its name in the bare model."""
+        buffers = {freezing.bare(name): buffer for name, buffer in self.model.named_buffers()}
+        return {**freezing.parameters(self.model), **buffers}
+
+
+def _smoother(factor: float) -> Any:
+    if not factor:
+        return None
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    return LabelSmoother(epsilon=factor)

@@ -1,0 +1,331 @@
+"""Which parameters each stage opens: the recipe's patterns walked over the stages, and every pattern held to account.
+
+The rule of the language: unfreezing a module trains the adapters inside it; where there are none, its weights. A
+pattern that does nothing is a problem, and so is one tensor that is asked for in two ways. Pure, like the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.adapters import Adapter
+from engine.errors import Key, Problem
+from engine.outline import Outline, below
+from engine.patterns import Selection, moved, nearest, select
+from engine.recipe import Recipe
+from engine.schedules.base import StageEntry
+
+ADAPTABLE = ("Linear", "Conv1D")
+"""Kinds of module that a target pattern reaches inside what it names; whatever it names itself is taken at its word."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What one `unfreeze` pattern of a stage opened."""
+
+    pattern: str
+    modules: tuple[str, ...]
+    """The modules it names, outermost only."""
+    what: str
+    """`weights` or `adapters`, or both where it names several modules."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """An adapter on its way to the modules it adapts."""
+
+    name: str
+    kind: str
+    """PEFT's name of it."""
+    fields: dict[str, Any]
+    """Fields of its PEFT config class, as the recipe has them."""
+    targets: tuple[str, ...]
+    """Full names of the modules it goes to."""
+    key: Key
+    """Where the recipe asks for it."""
+
+
+@dataclass(frozen=True)
+class StageOpenings:
+    """A stage and the parameters it trains."""
+
+    index: int
+    entry: StageEntry
+    opens: tuple[Opening, ...]
+    attaches: tuple[Attachment, ...]
+    trainable: tuple[str, ...]
+    rates: Mapping[str, float]
+    """Trainable parameter -> its peak rate before layer-wise decay."""
+
+
+@dataclass(frozen=True)
+class Openings:
+    """All stages of a recipe, and what is wrong with it."""
+
+    stages: tuple[StageOpenings, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One pattern's turn: what it froze or opened."""
+
+    pattern: str
+    key: Key
+    opens: bool
+    names: frozenset[str]
+
+
+Roots = dict[str, str]
+"""Name of an open parameter -> the module whose unfreezing opened it; a tied tensor is here by each of its names."""
+
+
+def resolve(recipe: Recipe, outline: Outline) -> Openings:
+    """What each stage trains, and every problem of the recipe's patterns."""
+    walk = _Walk(recipe, outline)
+    listed = entries(recipe, outline)
+    staged = [(entry, key, walk.enter(entry, key, index == 0)) for index, (entry, key) in enumerate(listed)]
+    adapters = _Adapters(walk, [entry for entry, _, _ in staged], [roots for _, _, (roots, _) in staged])
+    stages = []
+    for index, (entry, key, (roots, changes)) in enumerate(staged):
+        trainable = adapters.trainable(index, roots)
+        if not trainable:
+            walk.blame(key, f"stage `{entry.name}` trains nothing", "unfreeze something in it")
+        opens = tuple(adapters.opening(index, change.pattern, roots) for change in changes if change.opens)
+        rates = _rates(walk, entry, key, trainable)
+        stages.append(StageOpenings(index, entry, opens, adapters.attached(index), trainable, rates))
+    return Openings(tuple(stages), tuple(dict.fromkeys(walk.problems)))
+
+
+def entries(recipe: Recipe, outline: Outline) -> tuple[tuple[StageEntry, Key], ...]:
+    """The recipe's stages, generated where it names a schedule, each with the key it stands at."""
+    if isinstance(recipe.stages, tuple):
+        return tuple((entry, ("stages", index)) for index, entry in enumerate(recipe.stages))
+    generated = recipe.stages.entries(len(outline.blocks), recipe.training.learning_rate)
+    return tuple((entry, ("stages",)) for entry in generated)
+
+
+class _Walk:
+    """Walks the stages in order, and keeps what is open and what is wrong."""
+
+    def __init__(self, recipe: Recipe, outline: Outline):
+        self.recipe, self.outline = recipe, outline
+        self.problems: list[Problem] = []
+        self.blamed: dict[str, Key] = {}
+        """Parameter name -> the key that last froze or opened it."""
+        heads = outline.head if recipe.task.new_head else ()
+        self.roots: Roots = {name: next((head for head in heads if below(name, head)), "") for name in _names(outline)}
+
+    def blame(self, key: Key, what: str, then: str = "") -> None:
+        self.problems.append(Problem(key, what, then))
+
+    def select(self, pattern: str, key: Key) -> Selection | None:
+        """What a pattern names, or a problem where it names nothing."""
+        try:
+            selection = select(pattern, self.outline)
+        except ValueError as error:
+            self.blame(key, str(error))
+            return None
+        if selection.modules or selection.parameters:
+            return selection
+        near = ", ".join(nearest(pattern, self.outline))
+        what = moved(pattern, self.outline) or f"`{pattern}` names no module of this model"
+        self.blame(key, what, f"near: {near}" if near else "")
+        return None
+
+    def enter(self, entry: StageEntry, key: Key, first: bool) -> tuple[Roots, list[_Change]]:
+        """Apply a stage's patterns on top of the stage before, freeze before unfreeze."""
+        changes = [self._freeze(p, ("freeze", i)) for i, p in enumerate(self.recipe.freeze)] if first else []
+        changes += [self._freeze(pattern, (*key, "freeze", i)) for i, pattern in enumerate(entry.freeze)]
+        changes += [self._unfreeze(pattern, (*key, "unfreeze", i)) for i, pattern in enumerate(entry.unfreeze)]
+        made = [change for change in changes if change]
+        self._shadowed(made)
+        self._tied()
+        return dict(self.roots), made
+
+    def _freeze(self, pattern: str, key: Key) -> _Change | None:
+        selection = self.select(pattern, key)
+        if selection is None:
+            return None
+        names = frozenset(name for name, _ in _selected(selection, self.outline))
+        if not names & self.roots.keys():
+            self.blame(key, f"`{pattern}` freezes nothing: all of it is frozen already", "remove it")
+        for name in names:
+            self.roots.pop(name, None)
+            self.blamed[name] = key
+        return _Change(pattern, key, False, names)
+
+    def _unfreeze(self, pattern: str, key: Key) -> _Change | None:
+        selection = self.select(pattern, key)
+        if selection is None:
+            return None
+        opened = dict(_selected(selection, self.outline))
+        adapted = self.recipe.adapters or any(stage.adapters for stage, _ in entries(self.recipe, self.outline))
+        if not opened.keys() - self.roots.keys() and not adapted:
+            self.blame(
+                key, f"`{pattern}` unfreezes nothing: all of it is open already", "freeze it first, or remove it"
+            )
+        self.roots.update(opened)
+        self.blamed.update(dict.fromkeys(opened, key))
+        return _Change(pattern, key, True, frozenset(opened))
+
+    def _shadowed(self, changes: list[_Change]) -> None:
+        """A change whose every parameter a later one of the same stage takes up again never had any say."""
+        for index, change in enumerate(changes):
+            later = changes[index + 1 :]
+            rest = change.names.difference(*(other.names for other in later))
+            if change.names and not rest:
+                names = ", ".join(f"`{other.pattern}`" for other in later if other.names & change.names)
+                self.blame(
+                    change.key, f"`{change.pattern}` does nothing: {names} has the last word on all of it", "remove it"
+                )
+
+    def _tied(self) -> None:
+        """One tensor can't be frozen by one of its names and train by another."""
+        for parameter in self.outline.parameters:
+            names = (parameter.name, *parameter.aliases)
+            frozen = [name for name in names if name not in self.roots]
+            if frozen and len(frozen) < len(names):
+                trained = next(name for name in names if name in self.roots)
+                key = self.blamed.get(frozen[0]) or self.blamed.get(trained) or ("freeze",)
+                what = f"`{frozen[0]}` and `{trained}` are one tensor (tied weights), and only one of them is frozen"
+                self.blame(key, what, "freeze or unfreeze both")
+
+
+class _Adapters:
+    """Which adapters are on in which stage, and what that makes of an open parameter."""
+
+    def __init__(self, walk: _Walk, stages: list[StageEntry], roots: list[Roots]):
+        self.walk, self.stages, self.roots = walk, stages, roots
+        self.spans: list[tuple[int, int, Attachment]] = []
+        """First and last stage of each adapter."""
+        specs = [(adapter, ("adapters", i), 0) for i, adapter in enumerate(walk.recipe.adapters)]
+        for index, stage in enumerate(stages):
+            specs += [(adapter, ("stages", index, "adapters", i), index) for i, adapter in enumerate(stage.adapters)]
+        for adapter, key, earliest in specs:
+            self._place(adapter, key, earliest)
+
+    def _place(self, adapter: Adapter, key: Key, earliest: int) -> None:
+        targets = self._targets(adapter, key, earliest)
+        starts = [i for i in range(earliest, len(self.stages)) if any(self._open(t, i) for t in targets)]
+        if not starts:
+            return
+        first = starts[0]
+        ends = [i for i in range(first, len(self.stages)) if self.stages[i].then != "keep"]
+        last = ends[0] if ends else len(self.stages) - 1
+        kept = tuple(t for t in targets if any(self._open(t, i) for i in range(first, last + 1)))
+        again = sum(attachment.kind == adapter.type for _, _, attachment in self.spans)
+        name = adapter.type + (str(again + 1) if again else "")
+        self.spans.append((first, last, Attachment(name, adapter.type, adapter.fields, kept, key)))
+
+    def _targets(self, adapter: Adapter, key: Key, earliest: int) -> tuple[str, ...]:
+        """The modules that an adapter's patterns name, each pattern held to have at least one that some stage opens."""
+        found: dict[str, None] = {}
+        for index, pattern in enumerate(adapter.target_modules or ("@blocks",)):
+            named = self._adaptable(pattern, (*key, "target_modules", index))
+            if named and not any(self._open(t, i) for t in named for i in range(earliest, len(self.stages))):
+                what = f"`{pattern}` lies in a part that no stage unfreezes, so its adapters would never train"
+                self.walk.blame((*key, "target_modules", index), what, "unfreeze it in a stage, or aim elsewhere")
+            found.update(dict.fromkeys(named))
+        for index, pattern in enumerate(adapter.exclude_modules):
+            for name in self._adaptable(pattern, (*key, "exclude_modules", index)):
+                found.pop(name, None)
+        return tuple(found)
+
+    def _adaptable(self, pattern: str, key: Key) -> list[str]:
+        selection = self.walk.select(pattern, key)
+        if selection is None:
+            return []
+        outline = self.walk.outline
+        named = set(selection.modules)
+        return [
+            module.name
+            for module in outline.modules
+            if outline.owned.get(module.name)
+            and (module.name in named or module.kind.endswith(ADAPTABLE))
+            and any(below(module.name, name) for name in named)
+        ]
+
+    def _open(self, module: str, stage: int) -> bool:
+        return any(parameter.name in self.roots[stage] for parameter in self.walk.outline.owned.get(module, ()))
+
+    def present(self, stage: int) -> list[Attachment]:
+        return [attachment for first, last, attachment in self.spans if first <= stage <= last]
+
+    def attached(self, stage: int) -> tuple[Attachment, ...]:
+        return tuple(attachment for first, _, attachment in self.spans if first == stage)
+
+    def trainable(self, stage: int, roots: Roots) -> tuple[str, ...]:
+        """Names of the parameters that train: adapters where the module that was unfrozen holds some, else weights."""
+        present = {attachment.name for attachment in self.present(stage)}
+        adapted = self._adapted_roots(stage, roots)
+        return tuple(
+            parameter.name
+            for parameter in self.walk.outline.parameters
+            if (parameter.adapter in present and self._open(parameter.module, stage))
+            or (parameter.adapter is None and parameter.name in roots and roots[parameter.name] not in adapted)
+        )
+
+    def _adapted_roots(self, stage: int, roots: Roots) -> set[str]:
+        targets = [target for attachment in self.present(stage) for target in attachment.targets]
+        return {root for root in set(roots.values()) if any(below(target, root) for target in targets)}
+
+    def opening(self, stage: int, pattern: str, roots: Roots) -> Opening:
+        selection = select(pattern, self.walk.outline)
+        adapted = self._adapted_roots(stage, roots)
+        outer = _outermost(selection.modules)
+        what = {"adapters" if root in adapted else "weights" for root in outer or ("",)}
+        return Opening(pattern, outer, " and ".join(sorted(what)))
+
+
+def _rates(walk: _Walk, entry: StageEntry, key: Key, trainable: tuple[str, ...]) -> dict[str, float]:
+    """The peak rate of each trainable parameter; in a mapping the last pattern that takes it has the word."""
+    base = walk.recipe.training.learning_rate
+    if not isinstance(entry.learning_rate, dict):
+        return dict.fromkeys(trainable, entry.learning_rate or base)
+    owners = {parameter.name: parameter for parameter in walk.outline.parameters}
+    taken: dict[str, str] = {}
+    for pattern in entry.learning_rate:
+        place = (*key, "learning_rate", pattern)
+        selection = walk.select(pattern, place)
+        if selection is None:
+            continue
+        named = [n for n in trainable if n in selection.parameters or _holds(selection, owners[n].module)]
+        if not named:
+            walk.blame(place, f"`{pattern}` sets the rate of nothing that trains in stage `{entry.name}`", "remove it")
+        taken.update(dict.fromkeys(named, pattern))
+        for earlier in list(entry.learning_rate)[: list(entry.learning_rate).index(pattern)]:
+            if earlier not in taken.values() and set(named):
+                place = (*key, "learning_rate", earlier)
+                what = f"`{earlier}` sets no rate: `{pattern}` has the last word on all of it"
+                walk.blame(place, what, "put the narrower pattern last")
+    return {name: entry.learning_rate.get(taken.get(name, ""), base) for name in trainable}
+
+
+def _holds(selection: Selection, module: str) -> bool:
+    return any(below(module, name) for name in selection.modules)
+
+
+def _names(outline: Outline) -> Iterable[str]:
+    """Every name of every parameter of the model's own, tied ones by each of their names."""
+    for parameter in outline.parameters:
+        if parameter.adapter is None:
+            yield parameter.name
+            yield from parameter.aliases
+
+
+def _selected(selection: Selection, outline: Outline) -> Iterator[tuple[str, str]]:
+    """Each parameter name that a selection takes, with the outermost selected module around it (or itself)."""
+    outer = _outermost(selection.modules)
+    for name in _names(outline):
+        root = next((module for module in outer if below(name, module)), None)
+        if root is not None:
+            yield name, root
+        elif name in selection.parameters:
+            yield name, name
+
+
+def _outermost(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(m for m in modules if not any(m != other and below(m, other) for other in modules))

@@ -1,0 +1,102 @@
+"""A stage's optimizer, and the learning rate as a function of (stage, step).
+
+Parameter groups carry names, and AdamW's moments go from stage to stage by name, never by position. There is no
+scheduler object, so there is no scheduler state to save, to load or to lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.plan import Stage
+from engine.recipe import Training
+
+Moments = dict[str, dict[str, torch.Tensor]]
+"""Parameter name -> what the optimizer remembers of it (`step`, `exp_avg`, ...)."""
+
+
+def build(stage: Stage, found: Mapping[str, nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """The optimizer of a stage over the parameters it trains, one named group per rate and decay."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir="",
+        use_cpu=True,  # only its optimizer settings are read; devices belong to accelerate
+        learning_rate=training.learning_rate,
+        optim=training.optim,
+        optim_args=training.optim_args,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
+    )
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    groups = [
+        {
+            "params": [(name, found[name]) for name in group.parameters],
+            "lr": group.learning_rate,
+            "weight_decay": group.weight_decay,
+            "peak": group.learning_rate,
+        }
+        for group in stage.groups
+    ]
+    return kind(groups, **settings)
+
+
+def multiplier(stage: Stage) -> Callable[[int], float]:
+    """Step (from 0) -> share of the peak rate, as transformers' schedule of that name has it."""
+    from transformers import get_scheduler
+
+    scratch = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        stage.lr_scheduler_type,
+        scratch,
+        num_warmup_steps=stage.warmup_steps,
+        num_training_steps=stage.steps,
+        scheduler_specific_kwargs=dict(stage.lr_scheduler_kwargs),
+    )
+    return schedule.lr_lambdas[0]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set every group to this share of its peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Moments:
+    """What the optimizer remembers, by parameter name."""
+    return {
+        name: {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items()}
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+
+
+def carry(optimizer: torch.optim.Optimizer, remembered: Moments) -> int:
+    """Give the optimizer the moments of the parameters it shares with an earlier one; returns how many."""
+    carried = 0
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if name in remembered:
+                optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in remembered[name].items()}
+                carried += 1
+    return carried
+
+
+def _placed(value: Any, parameter: nn.Parameter) -> Any:
+    # AdamW keeps its step counters on the CPU unless it is fused or capturable; only what has the weight's shape moves.
+    return value.to(parameter.device) if value.shape == parameter.shape else value
+
+
+def bytes_per_parameter(optim: str) -> float:
+    """Bytes of optimizer state for each trained element, as far as the optimizer's name tells."""
+    if "8bit" in optim:
+        return 2.0
+    if "4bit" in optim:
+        return 1.0
+    return {"sgd": 0.0, "adafactor": 0.02, "adagrad": 4.0, "rmsprop": 4.0}.get(optim, 8.0)

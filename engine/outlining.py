@@ -1,0 +1,196 @@
+"""Model -> outline: names and sizes of its modules, their order and price in a forward pass, and its parts by role.
+
+Works on the meta device, where a forward pass costs nothing; where a model can't run there, the outline says so and
+goes by definition order and sizes instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.freezing import bare, eval_mode
+from engine.outline import Module, Outline, Parameter, below
+
+TOKENS = 128
+"""Length of the text that a step's price is measured on."""
+
+
+def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline | None = None) -> Outline:
+    """The outline of a model; `unadapted` is its outline before adapters, whose order and prices still hold."""
+    if unadapted is not None:
+        return replace(unadapted, parameters=tuple(_parameters(model, {m.name for m in unadapted.modules})))
+    price, order = _trace(model)
+    modules = tuple(
+        Module(name, type(module).__name__, order.get(name), price.get(name, 0.0))
+        for name, module in model.named_modules()
+        if name
+    )
+    if not order:
+        modules = tuple(replace(module, flops=_guess(model.get_submodule(module.name))) for module in modules)
+    blocks = tuple(_blocks(model))
+    head = tuple(_head(model, blocks))
+    return Outline(
+        architecture=type(model).__name__,
+        modules=modules,
+        parameters=tuple(_parameters(model, {module.name for module in modules})),
+        buffers=tuple(name for name, _ in model.named_buffers()),
+        blocks=blocks,
+        head=head,
+        embeddings=tuple(_embeddings(model, modules, blocks, head)),
+        random=random,
+        measured=bool(order),
+    )
+
+
+def _parameters(model: nn.Module, modules: set[str]) -> Iterator[Parameter]:
+    """Every parameter once; an adapter's belongs to the innermost module of the bare model around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(tensor), []).append(bare(name))
+    tuned = {bare(name): layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, tensor in model.named_parameters():
+        first, *others = dict.fromkeys(aliases[id(tensor)])
+        module = first.rpartition(".")[0]
+        adapter = None
+        if module not in modules and module:
+            module = next(layer for layer in tuned if below(module, layer))
+            adapter = next(
+                part for part in bare(name)[len(module) + 1 :].split(".") if part in _adapters_of(tuned[module])
+            )
+        yield Parameter(first, module, tuple(tensor.shape), adapter, tuple(others))
+
+
+def _adapters_of(layer: nn.Module) -> set[str]:
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part)}  # pyright: ignore
+
+
+def _trace(model: nn.Module) -> tuple[dict[str, float], dict[str, int]]:
+    """FLOPs that each module spends itself, per example, and the rank of its first call; empty where it can't run."""
+    order: dict[str, int] = {}
+    counter = FlopCounterMode(display=False)
+    spent: dict[str, float] = {}
+    stack: list[list[float]] = []
+
+    def enter(name: str) -> None:
+        order.setdefault(name, len(order))
+        stack.append([counter.get_total_flops(), 0.0])
+
+    def leave(name: str) -> None:
+        start, children = stack.pop()
+        total = counter.get_total_flops() - start
+        spent[name] = spent.get(name, 0.0) + total - children
+        if stack:
+            stack[-1][1] += total
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _m, _a, name=name: enter(name)))
+        hooks.append(module.register_forward_hook(lambda _m, _a, _o, name=name: leave(name)))
+    try:
+        for inputs in _samples(model):
+            order.clear(), spent.clear(), stack.clear()
+            with suppress(Exception), eval_mode(model), counter:  # a model is foreign code: it may raise anything here
+                model(**inputs)
+                return spent, order
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {}, {}
+
+
+def _samples(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """What to try a model with: some can't do without a mask, others look at its values, which a skeleton has none of."""
+    inputs = sample(model)
+    yield inputs
+    if "input_ids" in inputs:
+        yield {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+def sample(model: nn.Module) -> dict[str, torch.Tensor]:
+    """One example of zeros on the model's device: a text of `TOKENS` tokens, a picture, or some seconds of sound."""
+    config, device = model.config, next(model.parameters()).device
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 224)
+        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        return {name: torch.zeros(1, getattr(config, "num_channels", 3), *sides, device=device)}
+    if name == "input_features":
+        return {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device)}
+    if name == "input_values":
+        return {name: torch.zeros(1, 16_000, device=device)}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    tokens = torch.zeros(
+        1, min(TOKENS, getattr(text, "max_position_embeddings", TOKENS) - 2), dtype=torch.long, device=device
+    )
+    batch = {"input_ids": tokens}
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = tokens
+    return batch
+
+
+def _guess(module: nn.Module) -> float:
+    """Two FLOPs for each weight and token, where nothing could be measured."""
+    return sum(2.0 * TOKENS * p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+
+
+def _blocks(model: nn.Module) -> Iterator[str]:
+    """The repeated blocks, in forward order: the items of the outermost lists of alike modules that weigh most."""
+    stacks: list[tuple[str, nn.Module, int]] = []
+    for name, module in model.named_modules():
+        children = list(module.children())
+        alike = len(children) > 1 and len({type(child) for child in children}) == 1
+        weight = sum(parameter.numel() for parameter in module.parameters())
+        inside = any(below(name, outer) for outer, _, _ in stacks)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and alike and weight and not inside:
+            stacks.append((name, module, weight))
+    heaviest = max((weight for _, _, weight in stacks), default=0)
+    for name, module, weight in stacks:
+        if weight * 10 >= heaviest:
+            yield from (f"{name}.{child}" for child, _ in module.named_children())
+
+
+def _head(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[str]:
+    """What a task adds: everything outside the base model, and a pooler on top of its blocks."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    for name, child in model.named_children():
+        if child is model.get_input_embeddings():
+            continue
+        if (
+            child is not base
+            and not any(below(block, name) for block in blocks)
+            and any(True for _ in child.parameters())
+        ):
+            yield name
+    if base is not None:
+        for name, child in base.named_children():
+            if name == "pooler" and any(True for _ in child.parameters()):
+                yield f"{prefix}.{name}"
+
+
+def _embeddings(
+    model: nn.Module, modules: tuple[Module, ...], blocks: tuple[str, ...], head: tuple[str, ...]
+) -> Iterator[str]:
+    """The outermost modules with weights that come before the first block."""
+    rank = {module.name: index if module.order is None else module.order for index, module in enumerate(modules)}
+    if not blocks:
+        return
+    first = min(rank[block] for block in blocks)
+    entrance = model.get_input_embeddings()
+    taken: list[str] = []
+    for name in (module.name for module in modules):
+        holds_blocks = any(below(block, name) for block in blocks)
+        inside = any(below(name, other) for other in (*taken, *blocks, *head))
+        weighs = any(True for _ in model.get_submodule(name).parameters())
+        early = rank[name] < first or model.get_submodule(name) is entrance
+        if weighs and not holds_blocks and not inside and early:
+            taken.append(name)
+            yield name

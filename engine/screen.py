@@ -1,0 +1,113 @@
+"""What a user sees while things happen: the plan as a table, a run as it goes. It shows values; it computes none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine.plan import Plan, Stage
+from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
+
+
+def show_plan(console: Console, name: str, plan: Plan) -> None:
+    """The plan, one row a stage."""
+    size = f"{plan.architecture}, {count(plan.size)} parameters"
+    console.print(f"[bold]{name}[/]  {size}, {plan.examples:,} examples, {plan.batch_size} a step", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("stage", "opens", "trains", "", "learning rate", "steps", "optimizer", "frost line", "below", "step"):
+        table.add_column(
+            title, justify="left" if title in ("stage", "opens", "learning rate", "frost line") else "right"
+        )
+    for stage in plan.stages:
+        table.add_row(*_row(plan, stage))
+    console.print(table)
+    console.print("[dim]below: share of a forward pass under the frost line; step: FLOPs against training everything,")
+    console.print("[dim]and with everything under the line replayed from the cache[/]")
+    if not plan.measured:
+        console.print(
+            "[yellow]order and cost of the modules are guessed from their sizes: this model can't be traced[/]"
+        )
+
+
+def _row(plan: Plan, stage: Stage) -> tuple[str, ...]:
+    opens = [f"{opening.pattern} ({opening.what})" for opening in stage.opens] or ["-"]
+    rates = sorted({group.learning_rate for group in stage.groups}, reverse=True)
+    shown = f"{rates[0]:.2g}" + (f" to {rates[-1]:.2g}" if len(rates) > 1 else "")
+    return (
+        stage.name,
+        "\n".join(opens),
+        count(stage.size),
+        f"{stage.size / plan.size:.1%}",
+        shown,
+        f"{stage.steps:,}",
+        size(stage.optimizer_bytes + stage.gradient_bytes),
+        stage.line or "-",
+        f"{stage.below:.0%}",
+        f"{stage.cost:.0%}, {stage.cached_cost:.0%}",
+    )
+
+
+def count(number: int) -> str:
+    """1234567 -> `1.2 M`."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return str(number)
+
+
+def size(number: float) -> str:
+    """Bytes in the largest unit that keeps a digit before the point."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def follow(console: Console, events: Iterable[Event]) -> Event | None:
+    """Show events as they come, and return the last. Bars move only on a terminal; elsewhere each record is a line."""
+    last: Event | None = None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[loss]}"), console=console, disable=not console.is_terminal
+    ) as bars:
+        task: TaskID | None = None
+        for last in events:
+            if isinstance(last, StageStarted):
+                task = bars.add_task(last.stage, total=last.steps, loss="")
+            elif isinstance(last, Step) and task is not None:
+                bars.update(task, completed=last.step, loss=f"loss {last.loss:.4f}")
+            if not (isinstance(last, Step) and console.is_terminal):
+                console.print(line(last), highlight=False, soft_wrap=True)
+    return last
+
+
+def line(event: Event) -> str:
+    """An event as one line."""
+    match event:
+        case Started():
+            return f"[bold]{event.recipe}[/] on {event.processes} x {event.device}; {event.batch}"
+        case Note():
+            return f"[dim]note[/]  {event.sentence}"
+        case StageStarted():
+            carried = f", {event.carried} moments carried over" if event.carried else ""
+            return (
+                f"[bold cyan]{event.stage}[/]  {count(event.size)} parameters train for {event.steps:,} steps{carried}"
+            )
+        case Step():
+            rates = sorted(set(event.rates), reverse=True)
+            rate = f"{rates[0]:.2e}" + (f" to {rates[-1]:.2e}" if len(rates) > 1 else "")
+            return f"{event.stage}  {event.step}/{event.steps}  loss {event.loss:.4f}  rate {rate}"
+        case Evaluated():
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+            return f"{event.stage}  {event.step}  [green]{event.split}[/]  {metrics}{'  (best)' if event.best else ''}"
+        case StageEnded():
+            return f"{event.stage}  ended after {event.step} steps: {event.reason}; {event.seconds:.1f} s"
+        case Proved():
+            return f"[green]proved[/]  {event.moved} tensors trained and moved, {event.still} frozen ones are bit-equal"
+        case Finished():
+            return f"[bold]saved[/]  {event.model}  ({event.seconds:.1f} s)"
+        case _:
+            return str(event)
