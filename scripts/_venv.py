@@ -123,15 +123,14 @@ def _pins(torch: str | None) -> Path:
 
 
 def _step(title: str, command: Sequence[str]) -> None:
-    """Runs `command` with its chatter in the log; shows one line with the seconds it took."""
+    """Runs `command` with its chatter in a log of its own; shows one line with the seconds it took."""
     print(f"{title} ...", end="", flush=True)
     start = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    with LOG.open("w", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
     print(f" {time.monotonic() - start:.0f} s", flush=True)
-    with LOG.open("a", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-    if done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines()]
+    if code:
+        lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines()]
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no output")
         _give_up(f"{title} failed: {reason}\nthe whole log is in {LOG}; the next call starts again")
 

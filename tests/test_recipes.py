@@ -1,0 +1,77 @@
+"""Every recipe in recipes/ is a test: it loads, it plans, and (slow) it trains."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ENVIRONMENT, RunError
+from engine.load import Loaded, load
+from engine.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.name.startswith("_"))
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def questions() -> None:
+    """The data of recipes/trec.yaml, written once from an installed package."""
+    sys.path.append(str(ROOT / "scripts"))
+    import _trec
+
+    _trec.prepare(ROOT / "data/trec")
+
+
+def test_there_are_recipes() -> None:
+    assert "trec" in {path.stem for path in RECIPES}
+
+
+@every_recipe
+def test_loads(recipe: Path) -> None:
+    assert load(recipe).recipe.model.path
+    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    assert first == "# yaml-language-server: $schema=recipe.schema.json", "editors complete keys by this line"
+
+
+@every_recipe
+def test_plans(recipe: Path) -> None:
+    loaded = load(recipe)
+    plan = drafted(loaded)
+    assert all(stage.steps > 0 and stage.size > 0 for stage in plan.stages)
+
+
+@pytest.mark.slow
+@every_recipe
+def test_trains_two_steps_a_stage(recipe: Path, tmp_path: Path) -> None:
+    from engine import start
+    from engine.records import Evaluated
+
+    drafted(load(recipe))
+    loaded = load(recipe, two_steps(load(recipe)))
+    events = list(start.run(loaded, recipe.stem, ROOT, tmp_path))
+    judged = {event.stage for event in events if isinstance(event, Evaluated)}
+    assert judged == {stage.name for stage in drafted(loaded).stages}
+    assert (tmp_path / recipe.stem / "metrics.jsonl").stat().st_size > 0
+
+
+def two_steps(loaded: Loaded) -> list[str]:
+    """The overrides that make every stage two steps long."""
+    stages = loaded.recipe.stages
+    keys = [f"stages.{stage.name}" for stage in stages] if isinstance(stages, tuple) else ["stages"]
+    return [f"{key}.{length}" for key in keys for length in ("epochs=null", "steps=2")]
+
+
+def drafted(loaded: Loaded) -> Plan:
+    """The plan; a recipe whose model or data lie on the Hub is skipped where they are not in the local cache."""
+    from engine import start
+
+    try:
+        return start.draft(loaded, ROOT).plan
+    except RunError as error:
+        if error.exit_code == ENVIRONMENT and "package:" not in loaded.recipe.model.path:
+            pytest.skip(str(error))
+        raise
