@@ -1,8 +1,8 @@
 """The tasks, by the Hub's pipeline tags. A new one is a file here and a word in `TASKS`."""
 
-from engine.tasks.base import Example, Facts, Row, Task
+from engine.tasks.base import Example, Facts, Table, Task
 from engine.tasks.text_classification import TextClassification
 
 TASKS = (TextClassification,)
 
-__all__ = ["TASKS", "Example", "Facts", "Row", "Task"]
+__all__ = ["TASKS", "Example", "Facts", "Table", "Task"]
