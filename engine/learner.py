@@ -172,7 +172,7 @@ class Learner:
             training.train_sampling_strategy,
             self.recipe.batch_size,
             self.recipe.seed,
-            self.stage.index,
+            self.stage.name,
             epoch,
         )
 
@@ -243,7 +243,9 @@ class Learner:
                 weight = self.task.weight(batch)
                 sums[0] += float(outputs.loss) * weight if weight else 0.0
                 sums[1] += weight
-                rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
+                rows += zip(
+                    chunk, self.task.predict(outputs).float().cpu().numpy(), batch["labels"].cpu().numpy(), strict=True
+                )
         return self._scored(split, gather_object(rows), gather_object([tuple(sums)]))
 
     def wrapped_forward(self, batch: Batch) -> Any:
@@ -259,7 +261,7 @@ class Learner:
             raise RunError(f"{len(rows)} answers came back for {len(split)} examples; an evaluation counts each once")
         weight = sum(part for _, part in sums)
         loss = sum(part for part, _ in sums) / weight if weight else math.nan
-        predictions, references = [row[1] for row in rows], [row[2] for row in rows]
+        predictions, references = np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows])
         scores = self.task.score(predictions, references, self.metrics, self.facts)
         return {"loss": loss, **scores}
 
@@ -267,8 +269,12 @@ class Learner:
     def metrics(self) -> tuple[str, ...]:
         """The metrics to compute, the one that decides first."""
         wanted = self.recipe.evaluation
-        named = ((wanted.metric,) if wanted.metric else ()) + wanted.metrics or self.task.metrics
-        return tuple(name for name in dict.fromkeys(named) if name != "loss")
+        named = [wanted.metric, *wanted.metrics]
+        if not any(named):
+            named += self.task.default_metrics(self.facts)
+        stages = self.recipe.stages if isinstance(self.recipe.stages, tuple) else ()
+        named += [stage.early_stopping.metric for stage in stages if stage.early_stopping]
+        return tuple(name for name in dict.fromkeys(named) if name and name != "loss")
 
     # Keeping
 

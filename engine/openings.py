@@ -164,9 +164,7 @@ class _Walk:
         opened = dict(_selected(selection, self.outline))
         adapted = self.recipe.adapters or any(stage.adapters for stage, _ in entries(self.recipe, self.outline))
         if not opened.keys() - self.roots.keys() and not adapted:
-            self.blame(
-                key, f"`{pattern}` unfreezes nothing: all of it is open already", "freeze it first, or remove it"
-            )
+            self.blame(key, f"`{pattern}` unfreezes nothing: it is all open already", "freeze it first, or remove it")
         self.roots.update(opened)
         self.blamed.update(dict.fromkeys(opened, key))
         return _Change(pattern, key, True, frozenset(opened))
@@ -178,9 +176,8 @@ class _Walk:
             rest = change.names.difference(*(other.names for other in later))
             if change.names and not rest:
                 names = ", ".join(f"`{other.pattern}`" for other in later if other.names & change.names)
-                self.blame(
-                    change.key, f"`{change.pattern}` does nothing: {names} has the last word on all of it", "remove it"
-                )
+                what = f"`{change.pattern}` does nothing: the last word on all of it is {names}"
+                self.blame(change.key, what, "remove it")
 
     def _tied(self) -> None:
         """One tensor can't be frozen by one of its names and train by another."""
@@ -285,23 +282,28 @@ def _rates(walk: _Walk, entry: StageEntry, key: Key, trainable: tuple[str, ...])
     base = walk.recipe.training.learning_rate
     if not isinstance(entry.learning_rate, dict):
         return dict.fromkeys(trainable, entry.learning_rate or base)
-    owners = {parameter.name: parameter for parameter in walk.outline.parameters}
     taken: dict[str, str] = {}
-    for pattern in entry.learning_rate:
-        place = (*key, "learning_rate", pattern)
-        selection = walk.select(pattern, place)
-        if selection is None:
-            continue
-        named = [n for n in trainable if n in selection.parameters or _holds(selection, owners[n].module)]
-        if not named:
-            walk.blame(place, f"`{pattern}` sets the rate of nothing that trains in stage `{entry.name}`", "remove it")
-        taken.update(dict.fromkeys(named, pattern))
-        for earlier in list(entry.learning_rate)[: list(entry.learning_rate).index(pattern)]:
-            if earlier not in taken.values() and set(named):
-                place = (*key, "learning_rate", earlier)
-                what = f"`{earlier}` sets no rate: `{pattern}` has the last word on all of it"
-                walk.blame(place, what, "put the narrower pattern last")
+    named = {pattern: _rated(walk, entry, key, pattern, trainable) for pattern in entry.learning_rate}
+    for pattern, names in named.items():
+        taken.update(dict.fromkeys(names, pattern))
+    for pattern, names in named.items():
+        if names and pattern not in taken.values():
+            what = f"`{pattern}` sets no rate: a later pattern has the last word on all of it"
+            walk.blame((*key, "learning_rate", pattern), what, "put the narrower pattern last")
     return {name: entry.learning_rate.get(taken.get(name, ""), base) for name in trainable}
+
+
+def _rated(walk: _Walk, entry: StageEntry, key: Key, pattern: str, trainable: tuple[str, ...]) -> list[str]:
+    """The trainable parameters that a pattern of a `learning_rate` mapping takes, or a problem where there are none."""
+    place = (*key, "learning_rate", pattern)
+    selection = walk.select(pattern, place)
+    if selection is None:
+        return []
+    owners = {parameter.name: parameter.module for parameter in walk.outline.parameters}
+    named = [name for name in trainable if name in selection.parameters or _holds(selection, owners[name])]
+    if not named:
+        walk.blame(place, f"`{pattern}` sets the rate of nothing that trains in stage `{entry.name}`", "remove it")
+    return named
 
 
 def _holds(selection: Selection, module: str) -> bool:

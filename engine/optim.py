@@ -15,6 +15,8 @@ from torch import nn
 from engine.plan import Stage
 from engine.recipe import Training
 
+_SETTINGS = {"learning_rate", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"}
+
 Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter name -> what the optimizer remembers of it (`step`, `exp_avg`, ...)."""
 
@@ -23,16 +25,9 @@ def build(stage: Stage, found: Mapping[str, nn.Parameter], training: Training) -
     """The optimizer of a stage over the parameters it trains, one named group per rate and decay."""
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(
-        output_dir="",
-        use_cpu=True,  # only its optimizer settings are read; devices belong to accelerate
-        learning_rate=training.learning_rate,
-        optim=training.optim,
-        optim_args=training.optim_args,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-    )
+    # Its constructor would reset accelerate's state; only the optimizer's settings are read, so fields are enough.
+    arguments = TrainingArguments.__new__(TrainingArguments)
+    vars(arguments).update(training.model_dump(include=_SETTINGS))
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
     groups = [
         {
@@ -91,12 +86,3 @@ def carry(optimizer: torch.optim.Optimizer, remembered: Moments) -> int:
 def _placed(value: Any, parameter: nn.Parameter) -> Any:
     # AdamW keeps its step counters on the CPU unless it is fused or capturable; only what has the weight's shape moves.
     return value.to(parameter.device) if value.shape == parameter.shape else value
-
-
-def bytes_per_parameter(optim: str) -> float:
-    """Bytes of optimizer state for each trained element, as far as the optimizer's name tells."""
-    if "8bit" in optim:
-        return 2.0
-    if "4bit" in optim:
-        return 1.0
-    return {"sgd": 0.0, "adafactor": 0.02, "adagrad": 4.0, "rmsprop": 4.0}.get(optim, 8.0)

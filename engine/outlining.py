@@ -107,7 +107,7 @@ def _trace(model: nn.Module) -> tuple[dict[str, float], dict[str, int]]:
 
 
 def _samples(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """What to try a model with: some can't do without a mask, others look at its values, which a skeleton has none of."""
+    """What to try a model with: some can't do without a mask, others look into it, and a skeleton has no values."""
     inputs = sample(model)
     yield inputs
     if "input_ids" in inputs:
@@ -162,7 +162,7 @@ def _head(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[str]:
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     for name, child in model.named_children():
-        if child is model.get_input_embeddings():
+        if child is _entrance(model):
             continue
         if (
             child is not base
@@ -176,6 +176,14 @@ def _head(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[str]:
                 yield f"{prefix}.{name}"
 
 
+def _entrance(model: nn.Module) -> nn.Module | None:
+    """The module that inputs go through first, where the model knows one."""
+    try:
+        return model.get_input_embeddings()  # pyright: ignore
+    except NotImplementedError:
+        return None
+
+
 def _embeddings(
     model: nn.Module, modules: tuple[Module, ...], blocks: tuple[str, ...], head: tuple[str, ...]
 ) -> Iterator[str]:
@@ -184,7 +192,7 @@ def _embeddings(
     if not blocks:
         return
     first = min(rank[block] for block in blocks)
-    entrance = model.get_input_embeddings()
+    entrance = _entrance(model)
     taken: list[str] = []
     for name in (module.name for module in modules):
         holds_blocks = any(below(block, name) for block in blocks)

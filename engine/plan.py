@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
-from engine.errors import Key, PlanError, Problem
+from engine.errors import PlanError, Problem
 from engine.openings import Attachment, Opening, StageOpenings, resolve
 from engine.outline import Outline, Parameter, below
 from engine.recipe import Recipe
@@ -57,7 +57,7 @@ class Stage:
     optimizer_bytes: int
     gradient_bytes: int
     line: str | None
-    """The first module in forward order that holds something trainable: the frost line lies right below it."""
+    """The first block or module in forward order that holds something trainable: the frost line lies right below."""
     below: float
     """Share of a forward pass that lies below the frost line."""
     cost: float
@@ -219,7 +219,7 @@ def _cost(outline: Outline, trainable: frozenset[str]) -> dict[str, Any]:
     owning = outline.owned
     back += sum(m.flops for m in outline.modules if order[m.name] > first and m.name not in owning)
     return {
-        "line": line,
+        "line": next((part for part in (*outline.blocks, *outline.embeddings) if line and below(line, part)), line),
         "below": under / forward,
         "cost": (forward + back) / (3 * forward),
         "cached_cost": (forward - under + back) / (3 * forward),
@@ -233,8 +233,3 @@ def _optimizer_bytes(optim: str) -> float:
     if "4bit" in optim:
         return 1.0
     return {"sgd": 0.0, "adafactor": 0.02, "adagrad": 4.0, "rmsprop": 4.0}.get(optim, 8.0)
-
-
-def stage_key(recipe: Recipe, index: int) -> Key:
-    """Where stage `index` stands in the recipe: its own entry, or the schedule that generates it."""
-    return ("stages", index) if isinstance(recipe.stages, tuple) else ("stages",)

@@ -17,12 +17,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from engine import data, models
 from engine.batches import batching
-from engine.errors import REFUSED, PlanError, Problem, RunError
+from engine.errors import REFUSED, RunError
 from engine.folder import RunFolder, manifest
 from engine.learner import Learner
 from engine.load import Loaded
 from engine.outline import Outline
-from engine.plan import Plan, stage_key
+from engine.plan import Plan
 from engine.records import Event, Note, Started
 from engine.tasks import Facts
 from engine.train import train
@@ -48,36 +48,7 @@ def draft(loaded: Loaded, root: Path, examples: int | None = None, random: tuple
     facts = rows.facts if rows else Facts()
     bones = models.skeleton(recipe, facts, root)
     plan, outline = models.draft(recipe, bones, len(rows.train) if rows else examples or 0, random)
-    if rows:
-        _judgeable(loaded, rows)
     return Draft(plan, outline, rows)
-
-
-def _judgeable(loaded: Loaded, rows: data.Rows) -> None:
-    """Whether the stages and the evaluation ask for a metric that there are rows for."""
-    recipe = loaded.recipe
-    stages = recipe.stages if isinstance(recipe.stages, tuple) else ()
-    problems = []
-    for index, stage in enumerate(stages):
-        if stage.early_stopping and rows.validation is None:
-            key = (*stage_key(recipe, index), "early_stopping")
-            problems.append(Problem(key, "there are no validation rows to stop by", "name `data.splits.validation`"))
-        elif stage.early_stopping and stage.early_stopping.metric:
-            key = (*stage_key(recipe, index), "early_stopping", "metric")
-            problems += _computed(key, stage.early_stopping.metric, recipe)
-    if problems:
-        raise PlanError(problems)
-
-
-def _computed(key: tuple[str | int, ...], metric: str, recipe: Any) -> list[Problem]:
-    wanted = recipe.evaluation
-    computed = {"loss", *((wanted.metric,) if wanted.metric else ()), *wanted.metrics}
-    if computed == {"loss"}:
-        computed |= set(recipe.task.metrics)
-    if metric in computed:
-        return []
-    listed = ", ".join(sorted(computed))
-    return [Problem(key, f"`{metric}` is not among the metrics computed: {listed}", "add it to `evaluation.metrics`")]
 
 
 def run(loaded: Loaded, name: str, root: Path, runs: Path) -> Iterator[Event]:

@@ -22,5 +22,5 @@ class ChainThaw(Schedule):
         for name, selector in layers:
             stages.append(self.stage(name, freeze=(before,), unfreeze=(selector,), learning_rate=learning_rate))
             before = selector
-        opened = ("@embeddings", "@blocks", "@head")
-        return (*stages, self.stage("all", freeze=(before,), unfreeze=opened, learning_rate=learning_rate))
+        everything = ("@embeddings", "@blocks", "@head")
+        return (*stages, self.stage("all", unfreeze=everything, learning_rate=learning_rate))
