@@ -168,7 +168,7 @@ def _unwritten(target: Path, error: Exception, needed: int) -> str:
     there = next(folder for folder in target.absolute().parents if folder.exists())
     return (
         f"{target}: the checkpoint could not be written ({durable.reason(error)}): it needs {needed:,} bytes and "
-        f"{shutil.disk_usage(there).free:,} are free; earlier ones are untouched: make room or mend the disk, and resume"
+        f"{shutil.disk_usage(there).free:,} are free; earlier ones are untouched; make room and resume"
     )
 
 
@@ -208,8 +208,11 @@ def _readable(folder: Path, skipped: list[str]) -> list[Checkpoint]:
 
 
 def _found(folder: Path) -> list[Path]:
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if not path.name.startswith(".") and (path.is_symlink() or path.is_dir())]
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path for path in paths if not path.name.startswith(".") and (path.is_symlink() or path.is_dir())]
+    except OSError as error:
+        raise RunError(f"{folder}: can't be listed ({durable.reason(error)}); mend the disk", ENVIRONMENT) from error
 
 
 def _next_serial(folder: Path) -> int:
@@ -219,8 +222,9 @@ def _next_serial(folder: Path) -> int:
 def _attempt(check: Callable[[Path], Checkpoint], path: Path, skipped: list[str]) -> Checkpoint | None:
     try:
         return check(path)
-    except DamagedError as damage:
-        skipped.append(f"{path.name if _NAME.fullmatch(path.name) else ascii(path.name)} skipped: {damage}")
+    except (DamagedError, OSError) as error:
+        name = path.name if _NAME.fullmatch(path.name) else ascii(path.name)
+        skipped.append(f"{name} skipped: {durable.reason(error)}")
         return None
 
 

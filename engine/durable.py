@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -166,11 +167,14 @@ def read_json(path: Path) -> Any:
 
 def parse_json(content: bytes) -> Any:
     """Strict JSON: UTF-8, no NaN, no key twice; raises `ValueError`, or `RecursionError` if it's nested too deep."""
-    return json.loads(content.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+    text = content.decode("utf-8")
+    return json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number of JSON's")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
