@@ -60,7 +60,8 @@ def _split(rows: list[Row]) -> dict[str, list[Row]]:
     splits = {}
     for split, size in SIZES.items():
         labels = [row["label"] for row in rows]
-        splits[split], rows = train_test_split(rows, train_size=size, stratify=labels, random_state=SEED)
+        drawn, rest = train_test_split(rows, train_size=size, stratify=labels, random_state=SEED)
+        splits[split], rows = list(drawn), list(rest)
     return splits
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import _venv
 
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"])
+PLUGINS = ("-p", "xdist", "-p", "hypothesispytest")  # and no others that the interpreter below .venv may bring
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> int:
     rest = [argument for argument in arguments if argument != "--slow"]
     if failed:
         print("failed: " + ", ".join(" ".join(check) for check in failed), flush=True)
-    return run(["pytest", "-n", "2", *marks, *rest]) or int(bool(failed))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return run(["pytest", *PLUGINS, "-n", "2", *marks, *rest]) or int(bool(failed))
 
 
 def run(command: list[str]) -> int:
