@@ -215,11 +215,12 @@ def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
 
 
-def padded(rows: Sequence[Tensor], left: bool = False) -> Tensor:
-    """Rows of different lengths as one batch, zeros where a row is shorter; a copy in memory."""
-    if len({row.shape for row in rows}) == 1:
-        return torch.stack(list(rows))
+def padded(rows: Sequence[Tensor], width: int = 0, left: bool = False) -> Tensor:
+    """Rows of different lengths as one batch, at least `width` long, zeros where a row is shorter; a copy in memory."""
     shape = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
+    shape[:1] = [max(width, *shape[:1])]
+    if all(list(row.shape) == shape for row in rows):
+        return torch.stack(list(rows))
     batch = rows[0].new_zeros(len(rows), *shape)
     for place, row in zip(batch, rows, strict=True):
         spans = zip(row.shape, shape, strict=True)
