@@ -126,7 +126,7 @@ def encode(rows: Rows, task: Task, processor: Any) -> Encoded:
         if dataset is None:
             return None
         if not task.encoded_once:
-            return Split(dataset, lambda batch: task.encode(batch, processor, rows.facts), _identity(processor))
+            return Split(dataset, lambda batch: _inputs(task, batch, processor, rows.facts), _identity(processor))
         encoded = _encode(dataset, task, processor, rows.facts)
         if TRUNCATED in encoded.column_names and (lost := pc.sum(arrow(encoded, TRUNCATED)).as_py()):
             share = f"{lost:,} of {len(encoded):,} {name} rows ({lost / len(encoded):.1%})"
@@ -248,6 +248,10 @@ def _encode(rows: Dataset, task: Task, processor: Any, facts: Facts) -> Dataset:
             remove_columns=rows.column_names,
             new_fingerprint=blake2b(repr(words).encode(), digest_size=16).hexdigest(),
         )
+
+
+def _inputs(task: Task, batch: Mapping[str, list[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
+    return {name: values for name, values in task.encode(batch, processor, facts).items() if name != TRUNCATED}
 
 
 def _identity(processor: Any) -> str:

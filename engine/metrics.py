@@ -137,7 +137,7 @@ def unserved(name: str, known: Sequence[str]) -> tuple[str, str] | None:
     if name in legal:
         return None
     what = f"`{name}` doesn't fit this task" if name in METRICS else f"there is no metric `{name}`"
-    near = get_close_matches(name, legal, n=1)
+    near = get_close_matches(name, legal, n=1, cutoff=0.5)  # `acc` is half of `accuracy`
     return what, f"did you mean `{near[0]}`?" if near else f"one of {', '.join(legal)}"
 
 

@@ -175,7 +175,10 @@ def _files_said_plainly(name: str) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, ValueError) and cause.errno:
             raise RunError(f"{name} can't be read: {_first_line(cause)}", ENVIRONMENT) from error
-        what = f"{name} can't be read: {_first_line(cause) or 'it holds no rows'}"
+        said = _first_line(cause)
+        if not said or "corresponds to no data" in said:
+            said = "it holds no rows"
+        what = f"{name} can't be read: {said}"
         raise PlanError(
             [Problem(_PATH, what, "look at the file, and whether it is of the kind its name says")]
         ) from error
