@@ -147,10 +147,15 @@ class _Chain:
         if path.is_dir():
             return f"{shown if extended else ''}is a folder", "name a file in it"
         if not path.is_file():
-            near = get_close_matches(path.name, (other.name for other in path.parent.glob("*.y*ml")), n=1)
             lost = f"there is no file {shown.strip()}" if extended else "there is no such file"
-            return lost, f"did you mean `{near[0]}`?" if near else ""
+            return lost, _near_file(path)
         return None
+
+
+def _near_file(path: Path) -> str:
+    stems = {other.stem: other.name for other in path.parent.glob("*.y*ml")}
+    near = get_close_matches(path.stem, stems, n=1)
+    return f"did you mean `{stems[near[0]]}`?" if near else ""
 
 
 def _top(path: Path) -> Path:

@@ -240,7 +240,6 @@ VALUES: dict[str, str] = {
     "adam": "adamw_torch",
     "adamw": "adamw_torch",
     "adamw_hf": "adamw_torch",
-    "adamw_8bit": "adamw_bnb_8bit",
     "adam8bit": "adamw_bnb_8bit",
     "ulmfit": "gradual",
     "gradual_unfreezing": "gradual",
@@ -251,7 +250,6 @@ VALUES: dict[str, str] = {
     "wsd": "warmup_stable_decay",
     "cosine_annealing": "cosine",
     "on": "auto",
-    "lomo": "adafactor",
 }
 """What people write as a value -> the value that means it here, where that place knows it."""
 

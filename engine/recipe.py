@@ -9,8 +9,32 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from engine.adapters import Adapter
 from engine.part import Part, Patterns, one_or_many
 from engine.schedules import SCHEDULES, StageEntry
-from engine.schedules.base import Rate, Share
+from engine.schedules.base import Rate, SchedulerName, Share
 from engine.tasks import TASKS
+
+OptimizerName = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+]
+"""The names of transformers' `OptimizerNames` that keep to `step()`: none that hooks into gradients or needs a mode."""
 
 
 class Model(Part):
@@ -68,13 +92,13 @@ class Training(Part):
     """Decay of the weights per step and unit of rate; biases and norms are left out."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.0
     """Steps of linear warm-up; below 1 a share of the stage."""
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: SchedulerName = "linear"
     """How the rate falls over a stage: a name of `transformers.SchedulerType`."""
     lr_scheduler_kwargs: dict[str, Any] = {}
     """Further arguments of that schedule."""
     layer_decay: Share = 1.0
     """Rate of each block as a share of the block above it (BEiT 0.65, ULMFiT 1 / 2.6)."""
-    optim: str = "adamw_torch"
+    optim: OptimizerName = "adamw_torch"
     """Optimizer: a name of `transformers.training_args.OptimizerNames`."""
     optim_args: str | None = None
     """Further arguments of the optimizer, `key=value` with commas between."""
@@ -90,6 +114,10 @@ class Training(Part):
     """Share of each label that is spread over all classes."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     """Order of the examples; grouping by length spares padding, and does nothing where examples have no length."""
+    save_steps: Annotated[int, Field(ge=1)] = 500
+    """Optimizer steps between two checkpoints; every evaluation and the end of every stage have one as well."""
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints to keep, besides the ends of stages."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
     """Optimizer steps between two records of the loss."""
 
@@ -126,7 +154,9 @@ def _one_of(parts: tuple[type[Part], ...], *more: Any) -> Any:
     return Annotated[Union[(*more, *tagged)], Discriminator(_kind)]
 
 
-AnyTask = Annotated[_one_of(TASKS), BeforeValidator(_named, json_schema_input_type=str)]
+_Tasks = _one_of(TASKS)
+_TaskName = Literal[tuple(task.model_fields["type"].annotation.__args__[0] for task in TASKS)]  # pyright: ignore
+AnyTask = Annotated[_Tasks, BeforeValidator(_named, json_schema_input_type=_TaskName | _Tasks)]
 Stages = _one_of(SCHEDULES, Annotated[tuple[StageEntry, ...], Tag("list"), Field(min_length=1)])
 
 

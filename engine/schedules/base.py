@@ -10,6 +10,20 @@ from pydantic import Field, model_validator
 from engine.adapters import Adapter
 from engine.part import Part, Patterns
 
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""The names of `transformers.SchedulerType` whose rate is a function of the step and nothing else."""
+
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -55,7 +69,7 @@ class StageEntry(Lasting):
     """In place of `training.weight_decay`."""
     warmup_steps: Annotated[float, Field(ge=0)] | None = None
     """In place of `training.warmup_steps`; below 1 a share of the stage."""
-    lr_scheduler_type: str | None = None
+    lr_scheduler_type: SchedulerName | None = None
     """In place of `training.lr_scheduler_type`."""
     layer_decay: Share | None = None
     """In place of `training.layer_decay`."""

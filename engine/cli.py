@@ -1,0 +1,149 @@
+"""The `frostline` command: what each command prints, and how errors become words and exit codes.
+
+A user's mistake is told in one screen and never as a traceback; anything unforeseen stays a traceback. Commands import
+what they need inside themselves, so that `check` answers like a compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engine.errors import REFUSED, FrostlineError, PlanError, Problem, RecipeError
+
+if TYPE_CHECKING:
+    from engine.recipe import Recipe
+
+app = typer.Typer(
+    name="frostline",
+    help="Fine-tune Hugging Face models by recipe: what stays frozen, what thaws, and when.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*([.\[].*?)?=", re.DOTALL)
+
+
+@app.callback()
+def _frostline() -> None:
+    """Fine-tune Hugging Face models by recipe: what stays frozen, what thaws, and when."""
+
+
+@app.command()
+def check(
+    what: Annotated[list[str], typer.Argument(metavar="FILE_OR_FOLDER... [key=value ...]", show_default=False)],
+) -> None:
+    """Say whether recipes are right, as far as that can be said without their models."""
+    paths, overrides = split(what)
+    files = list(recipes(paths))
+    if not files:
+        raise RecipeError([_nothing(paths)])
+    refused = [file for file in files if not _checked(file, overrides)]
+    if refused:
+        raise typer.Exit(REFUSED)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    import json
+
+    from engine.schema import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and end the process with its exit code."""
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except FrostlineError as error:
+        tell(error)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()
+        code = error.exit_code
+    raise SystemExit(code or 0)
+
+
+def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Paths, and the `key.path=value` overrides among them; what exists as a file is a path."""
+    overrides = [word for word in words if _OVERRIDE.match(word) and not os.path.exists(word)]
+    return [Path(word) for word in words if word not in overrides], overrides
+
+
+def recipes(paths: Sequence[Path]) -> Iterator[Path]:
+    """The recipe files that paths name: files themselves, and every YAML file below a folder."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.suffix in (".yaml", ".yml") and not hidden and file.is_file():
+                yield file
+
+
+def tell(error: FrostlineError) -> None:
+    """An error in words on standard error."""
+    from engine.source import clean
+
+    source = error.source if isinstance(error, RecipeError | PlanError) else None
+    text = source.render(error.problems) if source and isinstance(error, RecipeError | PlanError) else str(error)
+    for line in text.splitlines():
+        print(_coloured(clean(line)), file=sys.stderr)
+
+
+def _checked(file: Path, overrides: Sequence[str]) -> bool:
+    """Check one recipe and print what came of it."""
+    from engine.load import load, scan
+    from engine.source import clean
+
+    try:
+        if file.name.startswith("_"):
+            scan(file)
+            print(clean(f"{file}  ok: a part of recipes"))
+        else:
+            print(clean(f"{file}  ok: {_summary(load(file, overrides).recipe)}"))
+    except RecipeError as error:
+        tell(error)
+        return False
+    return True
+
+
+def _summary(recipe: Recipe) -> str:
+    stages = recipe.stages
+    if not isinstance(stages, tuple):
+        return f"{recipe.task.type}, {stages.type} stages"
+    return f"{recipe.task.type}, {len(stages)} stage{'s' if len(stages) > 1 else ''}"
+
+
+def _nothing(paths: Sequence[Path]) -> Problem:
+    where = f"there is no recipe in {', '.join(f'`{path}`' for path in paths)}" if paths else "no file is named"
+    return Problem((), where, "name a YAML file, or a folder that holds some")
+
+
+def _coloured(line: str) -> str:
+    """The place of a problem dimmed, where a person reads it."""
+    place, gap, rest = line.partition("  ")
+    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or not gap
+    return line if plain else f"\x1b[2m{place}\x1b[0m{gap}{rest}"
+
+
+if __name__ == "__main__":
+    main()
