@@ -108,14 +108,15 @@ def read(recipe: Recipe, root: Path) -> Rows:
     facts = task.facts({role: _table(part, rows[role]) for role, part in slices.items()})
     _check_metrics(recipe, facts)
     notes += facts.notes
-    train, validation, test = rows["train"], rows.get("validation"), rows.get("test")
+    notes += [
+        note for role in rows if role != "train" for note in duplicates(rows["train"], rows[role], role, task.target)
+    ]
+    train, validation = rows["train"], rows.get("validation")
     if validation is None:
         share = splits.validation if isinstance(splits.validation, float) else HELD_OUT
         train, validation, note = hold_out(train, task.target, facts.problem, share, recipe.seed)
         notes.append(note)
-    for name, other in (("validation", validation), ("test", test)):
-        notes += duplicates(train, other, name, task.target) if other is not None else []
-    return Rows(train, validation, test, facts, tuple(notes))
+    return Rows(train, validation, rows.get("test"), facts, tuple(notes))
 
 
 def encode(rows: Rows, task: Task, processor: Any) -> Encoded:

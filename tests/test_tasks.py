@@ -110,6 +110,29 @@ def test_whole_floats_with_gaps_are_named_as_integers(tmp_path: Path) -> None:
     assert (facts.labels, found) == (("1", "5"), [1, 0, 1])
 
 
+def test_classes_of_another_order_are_refused(tmp_path: Path) -> None:
+    labelled(tmp_path, [0, 1, 1], None, ClassLabel(names=["x", "y"]))
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["y", "x"])})
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]}, features=features)
+    rows.to_parquet(tmp_path / "set/validation.parquet")
+    assert refused(tmp_path)[1] == "validation.parquet: its classes are not those of train, or not in order"
+
+
+def test_text_mistaken_for_a_label_is_cut_short(tmp_path: Path) -> None:
+    labelled(tmp_path, ["a" * 500, "b"], ["c" * 500])
+    assert refused(tmp_path)[1].startswith(f"validation.jsonl, row 1: the label `{'c' * 59}…` is in no training row")
+
+
+def test_categories_of_pandas_are_names(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["x", "y", "z"] * 8, "label": pandas.Categorical(["b", "a", "b"] * 8)})
+    (tmp_path / "set").mkdir()
+    frame.to_parquet(tmp_path / "set/train.parquet")
+    frame.to_parquet(tmp_path / "set/validation.parquet")
+    facts, found = learnt(tmp_path, 3)
+    assert (facts.labels, found) == (("a", "b"), [1, 0, 1])
+
+
 def test_balance_is_told(tmp_path: Path) -> None:
     labelled(tmp_path, ["a"] * 9 + ["b"], ["a"])
     note = "2 labels in train: `a` is the commonest with 90.0% of them, `b` the rarest with 10.0%"

@@ -1,4 +1,4 @@
-"""Tiny models, a tiny tokenizer and small files for tests, made from configs and a fixed seed; nothing is downloaded."""
+"""Tiny models, a tiny tokenizer and small files for tests: from configs and a fixed seed, nothing is downloaded."""
 
 from __future__ import annotations
 

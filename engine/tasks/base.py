@@ -77,7 +77,6 @@ class Task(Part, ABC):
     """Whether what lies on top of the pretrained model is the task's own, and not a pretrained part like an LM head."""
     target: ClassVar[str | None] = None
     """The column to be predicted, where it is one; the others are what it is predicted from."""
-
     encoded_once: ClassVar[bool] = True
     """Whether rows are encoded once and kept; not where inputs are far larger than rows (images, sound)."""
 

@@ -37,7 +37,7 @@ def missing(table: Table, column: str) -> Problem | None:
     return bad_rows(table, column, mask, f"`{column}` has no value", "fill it in or leave the row out")
 
 
-def text(table: Table, column: str) -> Problem | None:
+def not_text(table: Table, column: str) -> Problem | None:
     """The problem of a column that isn't text throughout, or lacks a text somewhere."""
     import pyarrow as pa
     import pyarrow.compute as pc

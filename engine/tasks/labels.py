@@ -92,7 +92,7 @@ def _classes(tables: Mapping[str, Table]) -> Facts:
     counts = Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(values["train"]).to_pylist()})
     if len(counts) < 2:
         name = labels[int(next(iter(counts)))] if form == "ids" else next(iter(counts))
-        what = f"{train.name}: every row has the label `{name}`, so there is nothing to tell apart"
+        what = f"{train.name}: every row has the label `{_short(name)}`, so there is nothing to tell apart"
         raise PlanError([Problem(("data", "columns", LABEL), what, "take rows of another class in")])
     named = Counter({labels[int(key)] if form == "ids" else key: count for key, count in counts.items()})
     return Facts(labels, SINGLE, form, {"num_labels": len(labels)}, (_balance(named, labels),))
@@ -142,6 +142,8 @@ def _out_of_range(table: Table, names: pa.ChunkedArray, declared: Sequence[str])
     import pyarrow.compute as pc
 
     kind = table.columns[LABEL].type
+    if getattr(table.features[LABEL], "names", None) not in (None, declared):
+        return Problem(("data", "columns", LABEL), f"{table.name}: its classes are not those of train, or not in order")
     if not pa.types.is_integer(kind):
         return Problem(("data", "columns", LABEL), f"{table.name}: `{LABEL}` holds {kind} values, not ids as in train")
     beyond = pc.invert(pc.is_in(names, value_set=pa.array([str(index) for index in range(len(declared))])))
@@ -162,7 +164,13 @@ def _first(values: pa.ChunkedArray, mask: pa.ChunkedArray) -> Any:
     import pyarrow.compute as pc
 
     index = pc.index(mask, True).as_py()
-    return values[index].as_py() if index >= 0 else None
+    return _short(values[index].as_py()) if index >= 0 else None
+
+
+def _short(value: Any) -> str:
+    """A value in a sentence: whole texts turn up as labels where a column is mistaken for another."""
+    said = f"{value}"
+    return said if len(said) <= 60 else said[:59] + "…"
 
 
 def _balance(counts: Counter[str], labels: Sequence[str]) -> str:
@@ -170,8 +178,8 @@ def _balance(counts: Counter[str], labels: Sequence[str]) -> str:
     total = counts.total()
     most, least = max(labels, key=lambda name: counts[name]), min(labels, key=lambda name: counts[name])
     return (
-        f"{len(labels)} labels in train: `{most}` is the commonest with {counts[most] / total:.1%} of them, "
-        f"`{least}` the rarest with {counts[least] / total:.1%}"
+        f"{len(labels):,} labels in train: `{_short(most)}` is the commonest with {counts[most] / total:.1%} of them, "
+        f"`{_short(least)}` the rarest with {counts[least] / total:.1%}"
     )
 
 

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from engine import metrics
 from engine.errors import PlanError, Problem
-from engine.tasks import columns, labels
+from engine.tasks import labels
 from engine.tasks.base import TRUNCATED, Example, Facts, Table, Task
+from engine.tasks.columns import not_text, stop_at
 
 _UNLIMITED = 10**9
 """A tokenizer without a limit says 1e30."""
@@ -39,7 +40,7 @@ class TextClassification(Task):
 
     def facts(self, tables: Mapping[str, Table]) -> Facts:
         texts = [name for name in ("text", "text_pair") if name in tables["train"].columns]
-        columns.stop_at(columns.text(table, name) for table in tables.values() for name in texts)
+        stop_at(not_text(table, name) for table in tables.values() for name in texts)
         return labels.learn(tables, self.problem_type)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
