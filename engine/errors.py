@@ -16,6 +16,9 @@ Key = tuple[str | int, ...]
 DONE, CRASH, REFUSED, ENVIRONMENT, LOCKED, GUARD, NOTHING_TO_RESUME = range(7)
 """Exit codes 0 to 6; 2 is a refused recipe, 3 a disk or an environment, 5 a guard that stopped a run."""
 
+STOPPED = 143
+"""Exit code of a run that a signal has stopped in good order: 128 + SIGTERM, as a shell has it."""
+
 
 @dataclass(frozen=True)
 class Problem:

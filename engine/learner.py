@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from engine import adapters, freezing, models, optim
@@ -24,6 +24,7 @@ from engine.batches import Batching, MicroBatch
 from engine.data import Encoded, Split, order
 from engine.errors import RunError
 from engine.plan import Stage
+from engine.processes import agree
 from engine.proof import canary
 from engine.randomness import stable_seed
 from engine.recipe import Recipe
@@ -56,30 +57,41 @@ class Learner:
         self.trained: set[str] = set()
         """Every parameter that some stage trained."""
         self.loss_sum, self.weight_sum = 0.0, 0
+        self.told_to_stop = False
+        """Whether a signal has asked this process to stop after the step it is in."""
+        self.stopping = False
+        """Whether one has asked any process, so that all of them stop after the same step."""
         self.smoother = _smoother(recipe.training.label_smoothing_factor)
 
     # From stage to stage
 
-    def enter(self, stage: Stage) -> int:
+    def enter(self, stage: Stage, resumed: bool = False) -> int:
         """Make the model obey a stage; returns how many parameters brought their moments along.
 
-        Raises `RunError` where the canary finds that something else than asked would train.
+        A stage that is resumed has its adapters and its moments already. Raises `RunError` where the canary finds that
+        something else than asked would train.
         """
-        self.restructure(stage)
+        if not resumed:
+            self.restructure(stage)
         freezing.obey(self.model, frozenset(stage.trainable))
         freezing.train_mode(self.model)
-        self._agree("the trainable parameters", sorted(freezing.trainable(self.model)))
+        agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self._canary()
         found = freezing.parameters(self.model)
         optimizer = optim.build(stage, found, self.recipe.training)
-        carried = optim.carry(optimizer, self.moments) if stage.moments == "keep" else 0
+        carried = optim.carry(optimizer, self.moments) if stage.moments == "keep" or resumed else 0
         self.moved |= freezing.movable(self.model)
         self.trained |= set(stage.trainable)
         self.parameters = [found[name] for name in stage.trainable]
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         return carried
+
+    def all_moments(self) -> optim.Moments:
+        """What the optimizers so far remember, by parameter name."""
+        live = optim.moments(self.optimizer.optimizer) if hasattr(self, "optimizer") else {}
+        return self.moments | live
 
     def restructure(self, stage: Stage) -> None:
         """Put on the adapters that a stage starts with, the same on every device."""
@@ -92,7 +104,7 @@ class Learner:
         """Unwrap the model, keep the moments by name, and do with the adapters what the stage says."""
         self.accelerator.wait_for_everyone()
         self.optimizer.zero_grad(set_to_none=True)
-        self.moments |= optim.moments(self.optimizer.optimizer)
+        self.moments = self.all_moments()
         del self.wrapped, self.optimizer
         self.accelerator.free_memory()
         gc.collect()
@@ -109,12 +121,6 @@ class Learner:
         if how == "merge":
             self.moved |= {name for name in before if name.rpartition(".")[0] in tuned}
 
-    def _agree(self, what: str, value: Any) -> None:
-        """Every device must see the same; DDP would average the gradients of different layers without a word."""
-        first = broadcast_object_list([value])[0]
-        if not all(gather_object([first == value])):
-            raise RunError(f"the devices disagree about {what} of stage `{self.stage.name}`")
-
     # Training
 
     def step(self, step: int) -> float:
@@ -126,7 +132,7 @@ class Learner:
         share = self.batching.share(self._indices(step), self.accelerator.process_index)
         batches = [self._batch(self.data.train, micro) for micro in share]
         weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
-        total = self._total(weights)
+        total, self.stopping = self._total(sum(weights))
         if not total:
             raise RunError(f"stage `{self.stage.name}`, step {step + 1}: not one label of the batch is live")
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
@@ -193,10 +199,13 @@ class Learner:
         """A loss of zero that still reaches every parameter, for a batch without live labels: their mean is 0 / 0."""
         return self.wrapped(**batch).logits.float().sum() * 0.0
 
-    def _total(self, weights: Sequence[int]) -> int:
+    def _total(self, weight: int) -> tuple[int, bool]:
+        """The weight of a step over all devices, and whether any of them has been told to stop: asked in one go."""
         if self.accelerator.num_processes == 1:
-            return sum(weights)
-        return int(self.accelerator.reduce(torch.tensor(sum(weights), device=self._accounting_device), "sum").item())
+            return weight, self.told_to_stop
+        counts = torch.tensor([weight, self.told_to_stop], device=self._accounting_device)
+        total, stop = self.accelerator.reduce(counts, "sum").tolist()
+        return total, bool(stop)
 
     @property
     def _accounting_device(self) -> torch.device:

@@ -1,34 +1,31 @@
-"""Everything that has to be true before step 1: the recipe read, the data checked, the plan made, the devices counted.
+"""Everything that has to be true before step 1: the recipe fits, the data are sound, the devices are counted.
 
 It trains nothing. Whatever is wrong is said here, before a model is downloaded wherever that can be known.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 
-from engine import data, models
+from engine import checkpoint, data, models
 from engine.batches import batching
-from engine.errors import REFUSED, RunError
-from engine.folder import RunFolder, manifest
+from engine.durable import lock
+from engine.folder import RunFolder
 from engine.learner import Learner
 from engine.load import Loaded
 from engine.outline import Outline
 from engine.plan import Plan
+from engine.position import Position, resume
+from engine.processes import asked_to_stop, launched, together
+from engine.proof import digests
 from engine.records import Event, Note, Started
 from engine.tasks import Facts
-from engine.train import train
-
-TIMEOUT = timedelta(minutes=5)
-"""How long a device waits for another before the run ends; the default of half an hour hides a dead one."""
+from engine.train import Loop
 
 
 @dataclass(frozen=True)
@@ -41,66 +38,83 @@ class Draft:
     """None where the plan was made for a given number of examples, without reading the data."""
 
 
-def draft(loaded: Loaded, root: Path, examples: int | None = None, random: tuple[str, ...] = ()) -> Draft:
-    """The plan of a recipe; with `examples` the data stay unread and the labels are the config's own."""
+def draft(loaded: Loaded, root: Path, examples: int | None = None) -> Draft:
+    """The plan of a recipe, no weights read; with `examples` the data stay unread and the labels are the config's."""
     recipe = loaded.recipe
     rows = data.read(recipe, root) if examples is None else None
-    facts = rows.facts if rows else Facts()
-    bones = models.skeleton(recipe, facts, root)
-    plan, outline = models.draft(recipe, bones, len(rows.train) if rows else examples or 0, random)
+    bones = models.skeleton(recipe, rows.facts if rows else Facts(), root)
+    plan, outline = models.draft(recipe, bones, len(rows.train) if rows else examples or 0)
     return Draft(plan, outline, rows)
 
 
-def run(loaded: Loaded, name: str, root: Path, runs: Path) -> Iterator[Event]:
-    """Everything from a recipe to a saved model, as events. On every device but the first one it yields none."""
-    accelerator = launched()
-    recipe, folder = loaded.recipe, RunFolder(runs / name)
+def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) -> Iterator[Event]:
+    """Everything from a recipe to a saved model, as events; only the main process yields any.
+
+    A run that was cut short goes on where its newest whole checkpoint was taken; `fresh` starts over instead.
+    """
+    accelerator, folder = launched(), RunFolder(runs / name)
+    with contextlib.ExitStack() as held:
+        together(accelerator, lambda: held.enter_context(lock(folder.path)) or None)
+        if fresh:
+            together(accelerator, folder.clear)
+        if together(accelerator, folder.finished):
+            yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
+            return
+        learner, plan, notes = _ready(loaded, root, accelerator)
+        before = digests(learner.model)
+        position, skipped = _position(loaded, learner, plan, folder)
+        started = Started(
+            name, plan.fingerprint, accelerator.num_processes, str(accelerator.device), learner.batching.reason
+        )
+        said = (started, *map(Note, (*notes, *skipped)))
+        yield from _recorded(said, accelerator, folder)
+        held.enter_context(asked_to_stop(lambda: setattr(learner, "told_to_stop", True)))
+        yield from _recorded(Loop(learner, plan, folder, position, before).events(), accelerator, folder)
+        accelerator.end_training()
+
+
+def _ready(loaded: Loaded, root: Path, accelerator: Accelerator) -> tuple[Learner, Plan, tuple[str, ...]]:
+    """The learner with its model and data, the plan, and what the user should know of them."""
+    recipe = loaded.recipe
     with accelerator.main_process_first():
-        drafted = draft(loaded, root)
-    rows = drafted.rows
+        rows = data.read(recipe, root)
+    models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train))  # refuse before any download
     model = models.load(recipe, rows.facts, root)
-    if model.random:
-        bones = models.skeleton(recipe, rows.facts, root)
-        plan, _ = models.draft(recipe, bones, len(rows.train), model.random)
-    else:
-        plan = drafted.plan
+    plan, _ = models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train), model.random)
     processor = models.processor(recipe, root)
     with accelerator.main_process_first():
         encoded = data.encode(rows, recipe.task, processor)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(recipe, model.model, processor, encoded, rows.facts, accelerator, spread)
-    fingerprints = {"train": encoded.train.fingerprint}
-    if accelerator.is_main_process:
-        folder.clear()
-        folder.open(
-            loaded.source.resolved, plan, manifest(loaded.source.resolved, plan, spread.processes, fingerprints)
-        )
-    started = Started(name, plan.fingerprint, spread.processes, str(accelerator.device), spread.reason)
-    notes = (Note(sentence) for sentence in (*rows.notes, *encoded.notes, *model.notes))
-    yield from _recorded((started, *notes), accelerator, folder)
-    yield from _recorded(train(learner, plan, folder), accelerator, folder)
-    accelerator.end_training()
+    return learner, plan, (*rows.notes, *encoded.notes, *model.notes)
 
 
-def _recorded(events: Any, accelerator: Accelerator, folder: RunFolder) -> Iterator[Event]:
+def _position(loaded: Loaded, learner: Learner, plan: Plan, folder: RunFolder) -> tuple[Position, list[str]]:
+    """Where to begin, and what was passed over on the way: the newest whole checkpoint, or the very start."""
+    recipe, data_prints = loaded.source.resolved, {"train": learner.data.train.fingerprint}
+    accelerator = learner.accelerator
+
+    def look() -> tuple[Path | None, list[str]]:
+        skipped: list[str] = []
+        found = checkpoint.newest(folder.checkpoints, skipped)
+        if found is None:
+            folder.clear()
+        else:
+            folder.refuse_changes(recipe, data_prints, found.state["stage"])
+            folder.cut_records(found.state["records"])
+        folder.open(recipe, plan, accelerator.num_processes, data_prints)
+        return (found.path if found else None), skipped
+
+    path, skipped = together(accelerator, look)
+    if path is None:
+        return Position(), skipped
+    found = checkpoint.verify(path)
+    position = resume(found, learner, plan)
+    return position, [*skipped, f"goes on from {found.name}"]
+
+
+def _recorded(events: Iterable[Event], accelerator: Accelerator, folder: RunFolder) -> Iterator[Event]:
     for event in events:
         if accelerator.is_main_process:
             folder.record(event)
             yield event
-
-
-def launched() -> Accelerator:
-    """The accelerator, once it agrees with the launcher about the number of processes.
-
-    Raises `RunError` where they disagree: every process would believe it is alone, or one would do the work of many.
-    """
-    cpu = not (torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available())
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
-        sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
-        raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        sentence = "`accelerate launch --cpu --num_processes N` starts one process, whatever N is"
-        raise RunError(f"{sentence}; use `--multi_gpu --num_processes N`, which runs on CPUs as well", REFUSED)
-    return accelerator

@@ -10,127 +10,144 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
-from engine.errors import RunError
+from accelerate.utils import broadcast_object_list
+
+from engine.errors import STOPPED, RunError
 from engine.folder import RunFolder
 from engine.learner import Learner
-from engine.metrics import greater_is_better
 from engine.plan import Plan, Stage
-from engine.proof import compare, digests
-from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Step
+from engine.position import Best, Position
+from engine.processes import together
+from engine.proof import Digests, compare, digests
+from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageStarted, Step
 
 
-@dataclass
-class Best:
-    """The best evaluation of a stage so far, and how long nothing has been better."""
+class Loop:
+    """A run under way."""
 
-    metric: str
-    min_delta: float = 0.0
-    value: float | None = None
-    weights: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    stale: int = 0
-    """Evaluations in a row without a gain."""
+    def __init__(self, learner: Learner, plan: Plan, folder: RunFolder, position: Position, before: Digests):
+        self.learner, self.plan, self.folder = learner, plan, folder
+        self.position = position
+        self.before = before
+        """Digests of every tensor before anything trained."""
 
-    def beats(self, value: float) -> bool:
-        """Whether a value of the metric is a gain."""
-        if self.value is None:
-            return True
-        gain = value - self.value if greater_is_better(self.metric) else self.value - value
-        return gain > self.min_delta
+    def events(self) -> Iterator[Event]:
+        """Run every stage that is not over, judge the result on the test split, save it and prove what was done."""
+        began = time.perf_counter()
+        while self.position.stage < len(self.plan.stages):
+            yield from self._stage(self.plan.stages[self.position.stage])
+        if self.learner.data.test is not None:
+            last = self.plan.stages[-1]
+            yield self._judged(last, last.steps, "test")
+        self.learner.detach("merge")
+        model = self.folder.save_model(self.learner)
+        if self.learner.accelerator.is_main_process:
+            yield from self._proved()
+        yield Finished(model=str(model), seconds=time.perf_counter() - began)
 
+    def _stage(self, stage: Stage) -> Iterator[Event]:
+        began, position = time.perf_counter(), self.position
+        carried = self.learner.enter(stage, resumed=position.step > 0)
+        yield StageStarted(stage.name, stage.size, stage.steps, carried)
+        reason = f"{stage.steps} steps done"
+        clock = time.perf_counter()
+        while position.step < stage.steps and not self._stale(stage):
+            norm = self.learner.step(position.step)
+            position.step += 1
+            due = self._evaluation_due(stage)
+            if position.step % self.learner.recipe.training.logging_steps == 0 or due:
+                yield self._taken(stage, norm, time.perf_counter() - clock)
+                clock = time.perf_counter()
+            if due:
+                yield self._weighed(stage, self._judged(stage, position.step, "validation"))
+            self._keep(stage, due)
+            clock = time.perf_counter() if due else clock
+        if self._stale(stage):
+            reason = f"no gain in {self._metric(stage)} for {position.best.stale} evaluations"
+        yield self._end(stage, reason, began)
 
-def train(learner: Learner, plan: Plan, folder: RunFolder) -> Iterator[Event]:
-    """Run every stage of a plan, judge the result on the test split, save it and prove what was done."""
-    began = time.perf_counter()
-    before = digests(learner.model)
-    for stage in plan.stages:
-        yield from _stage(learner, stage)
-    if learner.data.test is not None:
-        yield _judged(learner, plan.stages[-1], plan.stages[-1].steps, "test")
-    learner.detach("merge")
-    model = folder.save_model(learner)
-    if learner.accelerator.is_main_process:
-        yield from _proved(learner, before, folder)
-    yield Finished(model=str(model), seconds=time.perf_counter() - began)
+    def _end(self, stage: Stage, reason: str, began: float) -> StageEnded:
+        steps, best = self.position.step, self.position.best
+        if best.weights and stage.restore_best:
+            self.learner.restore(best.weights)
+        self.learner.leave()
+        self.position.stage, self.position.step, self.position.best = stage.index + 1, 0, Best()
+        self._publish()
+        seconds = time.perf_counter() - began
+        return StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner))
 
+    # When
 
-def _stage(learner: Learner, stage: Stage) -> Iterator[Event]:
-    began = time.perf_counter()
-    carried = learner.enter(stage)
-    yield StageStarted(stage.name, stage.size, stage.steps, carried)
-    best = Best(_deciding_metric(learner, stage), stage.early_stopping.min_delta if stage.early_stopping else 0.0)
-    step, reason = 0, f"{stage.steps} steps done"
-    clock = time.perf_counter()
-    for step in range(1, stage.steps + 1):
-        norm = learner.step(step - 1)
-        due = _evaluation_due(learner, stage, step)
-        if step % learner.recipe.training.logging_steps == 0 or due:
-            yield _taken(learner, stage, step, norm, time.perf_counter() - clock)
-            clock = time.perf_counter()
-        if due:
-            yield _weighed(learner, stage, best, _judged(learner, stage, step, "validation"))
-            clock = time.perf_counter()
-            if stage.early_stopping and best.stale >= stage.early_stopping.patience:
-                reason = f"no gain in {best.metric} for {best.stale} evaluations"
-                break
-    if best.weights and stage.restore_best:
-        learner.restore(best.weights)
-    learner.leave()
-    seconds = time.perf_counter() - began
-    yield StageEnded(stage.name, step, reason, best.metrics, seconds, _peak_bytes(learner))
+    def _evaluation_due(self, stage: Stage) -> bool:
+        if self.learner.data.validation is None:
+            return False
+        every = self.learner.recipe.evaluation.eval_steps or stage.steps_per_epoch
+        return self.position.step % every == 0 or self.position.step == stage.steps
 
+    def _stale(self, stage: Stage) -> bool:
+        return stage.early_stopping is not None and self.position.best.stale >= stage.early_stopping.patience
 
-def _deciding_metric(learner: Learner, stage: Stage) -> str:
-    own = stage.early_stopping.metric if stage.early_stopping else None
-    return own or learner.recipe.evaluation.metric or (learner.metrics or ("loss",))[0]
+    def _keep(self, stage: Stage, judged: bool) -> None:
+        """Publish a checkpoint where one is due; stop where a signal has asked for it.
 
+        The last step of a stage needs none of its own: the end of the stage follows at once and is kept for good.
+        """
+        step, saving = self.position.step, self.learner.recipe.training.save_steps
+        over = step == stage.steps or self._stale(stage)
+        if self.learner.stopping or ((judged or step % saving == 0) and not over):
+            self._publish()
+        if self.learner.stopping:
+            place = f"stage `{stage.name}`, step {step} of {stage.steps}"
+            raise RunError(f"stopped as asked at {place}; the same command goes on from there", STOPPED)
 
-def _evaluation_due(learner: Learner, stage: Stage, step: int) -> bool:
-    if learner.data.validation is None:
-        return False
-    every = learner.recipe.evaluation.eval_steps or stage.steps_per_epoch
-    return step % every == 0 or step == stage.steps
+    def _publish(self) -> None:
+        """Write a checkpoint on the main process; where that fails, every process fails with it."""
+        accelerator = self.learner.accelerator
+        together(accelerator, lambda: self.position.publish(self.learner, self.plan, self.folder))
 
+    # How well
 
-def _taken(learner: Learner, stage: Stage, step: int, norm: float, seconds: float) -> Step:
-    rates = tuple(group["lr"] for group in learner.optimizer.param_groups)
-    return Step(stage.name, step, stage.steps, learner.taken_loss(), norm, rates, seconds)
+    def _metric(self, stage: Stage) -> str:
+        own = stage.early_stopping.metric if stage.early_stopping else None
+        return own or self.learner.recipe.evaluation.metric or (self.learner.metrics or ("loss",))[0]
 
+    def _taken(self, stage: Stage, norm: float, seconds: float) -> Step:
+        rates = tuple(group["lr"] for group in self.learner.optimizer.param_groups)
+        return Step(stage.name, self.position.step, stage.steps, self.learner.taken_loss(), norm, rates, seconds)
 
-def _judged(learner: Learner, stage: Stage, step: int, split: str) -> Evaluated:
-    began = time.perf_counter()
-    metrics = learner.evaluate(getattr(learner.data, split))
-    return Evaluated(stage.name, step, split, metrics, seconds=time.perf_counter() - began)
+    def _judged(self, stage: Stage, step: int, split: str) -> Evaluated:
+        began = time.perf_counter()
+        metrics = self.learner.evaluate(getattr(self.learner.data, split))
+        return Evaluated(stage.name, step, split, metrics, seconds=time.perf_counter() - began)
 
+    def _weighed(self, stage: Stage, judged: Evaluated) -> Evaluated:
+        """Whether an evaluation is the best of its stage; if so its weights are kept.
 
-def _weighed(learner: Learner, stage: Stage, best: Best, judged: Evaluated) -> Evaluated:
-    """Whether an evaluation is the best of its stage; if so its weights are kept.
+        Raises `RunError` where the metric that decides is not a number: a best of nothing must not carry over.
+        """
+        metric = self._metric(stage)
+        # The metrics are the same on every device; the decision is the first one's all the same.
+        metrics = broadcast_object_list([judged.metrics])[0]
+        if not math.isfinite(metrics[metric]):
+            place = f"stage `{stage.name}`, step {judged.step}"
+            raise RunError(
+                f"{place}: `{metric}` is {metrics[metric]}, so nothing can be best; look at the validation rows"
+            )
+        best = self.position.best
+        gained = best.weigh(metric, metrics, stage.early_stopping.min_delta if stage.early_stopping else 0.0)
+        if gained and stage.restore_best:
+            best.weights = self.learner.snapshot()
+        return replace(judged, best=gained)
 
-    Raises `RunError` where the metric that decides is missing or not a number: a best of nothing must not carry over.
-    """
-    value = judged.metrics.get(best.metric)
-    if value is None or not math.isfinite(value):
-        said = "is not computed" if value is None else f"is {value}"
-        place = f"stage `{stage.name}`, step {judged.step}"
-        raise RunError(f"{place}: `{best.metric}` {said}, so nothing can be best; name another metric, or more rows")
-    if not best.beats(value):
-        best.stale += 1
-        return judged
-    best.value, best.metrics, best.stale = value, judged.metrics, 0
-    if stage.restore_best:
-        best.weights = learner.snapshot()
-    return Evaluated(judged.stage, judged.step, judged.split, judged.metrics, best=True, seconds=judged.seconds)
-
-
-def _proved(learner: Learner, before: dict[str, str], folder: RunFolder) -> Iterator[Event]:
-    proved: Proved = compare(before, digests(learner.model), learner.moved, learner.trained, folder.model)
-    yield proved
-    if proved.unmoved:
-        names = ", ".join(proved.unmoved[:3])
-        yield Note(f"{len(proved.unmoved)} tensors trained without ever getting a gradient: {names}")
+    def _proved(self) -> Iterator[Event]:
+        learner = self.learner
+        proved = compare(self.before, digests(learner.model), learner.moved, learner.trained, self.folder.model)
+        yield proved
+        if proved.unmoved:
+            names = ", ".join(proved.unmoved[:3])
+            yield Note(f"{len(proved.unmoved)} tensors trained without ever getting a gradient: {names}")
 
 
 def _peak_bytes(learner: Learner) -> int:
