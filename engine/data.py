@@ -23,10 +23,10 @@ from datasets import Dataset
 
 from engine.errors import Key, PlanError, Problem
 from engine.metrics import unserved
+from engine.origins import find, quietly
 from engine.randomness import stable_seed
 from engine.recipe import Recipe
 from engine.selection import HELD_OUT, Slice, arrow, duplicates, hold_out, pick
-from engine.sources import find, quietly
 from engine.tasks import Facts, Table, Task
 from engine.tasks.base import TRUNCATED, Example
 

@@ -17,9 +17,9 @@ from datasets import Dataset, ReadInstruction, concatenate_datasets
 
 from engine.errors import Key, PlanError, Problem
 from engine.metrics import SINGLE
+from engine.origins import Origin
 from engine.randomness import stable_seed
 from engine.recipe import Splits
-from engine.sources import Source
 
 VALIDATION = ("validation", "dev", "valid")
 """Names under which the split that judges is looked for. A test split is never taken unless the recipe names it."""
@@ -38,7 +38,7 @@ class Slice:
     """Where the rows come from: split and row numbers, in order."""
 
 
-def pick(splits: Splits, source: Source) -> dict[str, Slice]:
+def pick(splits: Splits, source: Origin) -> dict[str, Slice]:
     """The slices that a recipe names, as `train`, `validation` and `test`; the last two where there are any.
 
     Raises `PlanError` for splits that don't exist, are empty, or are trained on and judged by at once.
@@ -56,7 +56,7 @@ def pick(splits: Splits, source: Source) -> dict[str, Slice]:
     return found
 
 
-def _slice(spec: str, source: Source, loaded: dict[str, Dataset], key: Key) -> Slice:
+def _slice(spec: str, source: Origin, loaded: dict[str, Dataset], key: Key) -> Slice:
     """The rows of a spec such as `train`, `train[:80%]` or `train[:10]+extra`."""
     names = [re.split(r"[\[(]", part)[0] for part in spec.split("+")]
     for name in names:

@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,6 +206,43 @@ def test_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
         read("no-one/nothing", tmp_path)
     assert caught.value.exit_code == ENVIRONMENT
     assert "\n" not in str(caught.value)
+
+
+GATED = DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub. Visit the page to ask for access.")
+SCRIPT = RuntimeError("Dataset scripts are no longer supported, but found n.py")
+SEVERAL = ValueError("Config name is missing.\nPlease pick one among the available configs: ['plus', 'small']")
+UNKNOWN = ValueError("BuilderConfig 'pls' not found. Available: ['plus', 'small']")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "key", "said"),
+    [
+        (GATED, RunError, None, "o/n is gated: ask for access on its page, then `hf auth login`"),
+        (TimeoutError("timed out"), RunError, None, "the Hub can't be reached"),
+        (DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub"), PlanError, "path", "o/n is not on the Hub"),
+        (DatasetNotFoundError("Revision 'v9' doesn't exist"), PlanError, "revision", "o/n has no revision `v9`"),
+        (EmptyDatasetError("The directory at o/n doesn't contain any data files"), PlanError, "path", "no data files"),
+        (SCRIPT, PlanError, "path", "o/n is Python code, which is never run"),
+        (SEVERAL, PlanError, "name", "available configs: ['plus', 'small']"),
+        (UNKNOWN, PlanError, "name", "Available: ['plus', 'small']"),
+        (DatasetGenerationError("An error occurred"), PlanError, "path", "o/n can't be read: An error occurred"),
+    ],
+)
+def test_every_no_of_the_hub_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type, key: str | None, said: str
+) -> None:
+    """No network here, so the exceptions are raised in the library's place: its own classes and wordings."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(kind) as caught:
+        read({"path": "o/n", "revision": "v9"}, tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if key:
+        assert caught.value.problems[0].key == ("data", key)
 
 
 @pytest.mark.parametrize(

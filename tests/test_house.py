@@ -21,7 +21,7 @@ FLOORS = """
 errors part outline patterns records metrics packages randomness adapters tasks schedules
 recipe load
 openings plan
-freezing tracing outlining models sources data batches optim replay frostline store durable checkpoint proof
+freezing tracing outlining models origins selection data batches optim replay frostline store durable checkpoint proof
 folder learner train start screen signals advise sweep report export
 cli run
 """

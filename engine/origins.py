@@ -28,7 +28,7 @@ _FILES: Key = ("data", "data_files")
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """The splits of a data set, none of them read yet where they are files."""
 
     names: Mapping[str, str]
@@ -37,7 +37,7 @@ class Source:
     """A split -> its rows."""
 
 
-def find(data: Data, root: Path) -> Source:
+def find(data: Data, root: Path) -> Origin:
     """The splits that a recipe's `data` has; files lie below `root`, which is the data root.
 
     Raises `PlanError` for what doesn't exist, is malformed or lies elsewhere, `RunError` for what can't be reached.
@@ -140,9 +140,9 @@ def _contained(files: tuple[Path, ...], root: Path) -> None:
             raise PlanError([Problem(_PATH, f"`{file.name}` is a link out of the data root", "copy the file there")])
 
 
-def _files(splits: Mapping[str, tuple[Path, ...]], builder: str | None = None) -> Source:
+def _files(splits: Mapping[str, tuple[Path, ...]], builder: str | None = None) -> Origin:
     names = {split: files[0].name if len(files) == 1 else f"split {split}" for split, files in splits.items()}
-    return Source(names, lambda split: _read(splits[split], names[split], builder))
+    return Origin(names, lambda split: _read(splits[split], names[split], builder))
 
 
 def _read(files: tuple[Path, ...], name: str, builder: str | None) -> Dataset:
@@ -184,7 +184,7 @@ def _files_said_plainly(name: str) -> Iterator[None]:
         ) from error
 
 
-def _hub(data: Data, root: Path) -> Source:
+def _hub(data: Data, root: Path) -> Origin:
     """The splits of a data set of the Hub, downloaded or from the local cache."""
     from datasets import load_dataset
 
@@ -203,7 +203,7 @@ def _hub(data: Data, root: Path) -> Source:
     )
     with quietly(), _hub_said_plainly(data):
         splits = load_dataset(data.path, data.name, revision=data.revision, data_files=files)
-    return Source({str(split): f"split {split}" for split in splits}, lambda split: splits[split])
+    return Origin({str(split): f"split {split}" for split in splits}, lambda split: splits[split])
 
 
 @contextmanager
