@@ -74,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+        # A wrong command line: typer's own error, whose class it keeps to itself.
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or code is None:
             raise
-        error.show()
-        code = error.exit_code
+        show()
     raise SystemExit(code or 0)
 
 

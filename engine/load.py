@@ -53,16 +53,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     source = Source(root or Node({}, Place(str(path), 1, 1)), reading.files)
     if root is None or not isinstance(root.value, dict):
         raise RecipeError(reading.problems, source)
+    recipe, problems = _validated(root)
+    if recipe is None or reading.problems or problems:
+        raise RecipeError([*reading.problems, *problems], source)
+    return Loaded(recipe, source)
+
+
+def _validated(root: Node) -> tuple[Recipe | None, list[Problem]]:
     further = [*_further(root)]
     try:
-        recipe = Recipe.model_validate(root.plain(tuple))
+        return Recipe.model_validate(root.plain(tuple)), further
     except ValidationError as error:
         found = wording.problems(error, root)
         # The recipe's own rules over all of its keys are told with a place by `_further`.
-        further += [problem for problem in found if problem.key or not further]
-    if reading.problems or further:
-        raise RecipeError([*reading.problems, *further], source)
-    return Loaded(recipe, source)
+        return None, further + [problem for problem in found if problem.key or not further]
 
 
 def scan(path: str | Path) -> None:

@@ -126,7 +126,7 @@ def moved(pattern: str, outline: Outline) -> str | None:
 
 def _lint_selector(pattern: str) -> str | None:
     found = _SELECTOR.fullmatch(pattern)
-    name = found[1] if found else _SELECTOR.match(pattern + "_")[1].removesuffix("_")  # type: ignore[index]
+    name = "@" + regex.split(r"\W", pattern[1:], maxsplit=1)[0]
     if name not in SELECTORS:
         near = get_close_matches(name, SELECTORS, n=1)
         return f"is no selector; {f'did you mean `{near[0]}`?' if near else 'there are ' + ', '.join(SELECTORS)}"

@@ -51,6 +51,8 @@ _SYNTAX = (
     (r"expected ',' or '\]'", "a list that opens with `[` isn't closed; a `]` or `,` is missing"),
     (r"expected ',' or '}'", "a mapping that opens with `{` isn't closed; a `}` or `,` is missing"),
     (r"unexpected end of stream", "a quote that opens before this is never closed"),
+    (r"expected the node content", "a value is missing in front of this"),
+    (r"expected '<document start>'", "the recipe has ended before this; look at the indentation"),
     (r"expected <block end>", "the indentation doesn't fit the lines above"),
 )
 """What the parser says -> what a user understands."""
@@ -136,9 +138,9 @@ class _Reader:
             raise self.unprintable(text, error) from None
         except MarkedYAMLError as error:
             raise self.syntax(error) from None
-        except (YAMLError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
-            # The parser has slips of its own on hostile text; whatever it is, the text is no YAML.
-            raise self.slip(None, f"can't be read as YAML ({type(error).__name__}: {error})") from None
+        except (YAMLError, ValueError, OverflowError) as error:
+            # The parser lets these through for an escape such as `\UFFFFFFFF` that is no character.
+            raise self.slip(None, f"can't be read as YAML: {error}") from None
 
     def slip(self, event: Any, what: str, then: str = "") -> RecipeError:
         return RecipeError([Slip((), what, then, self.place(event))])
@@ -227,11 +229,13 @@ class _Reader:
         keys: dict[str, Place] = {}
         while not isinstance(first := next(self.events), MappingEndEvent):
             key, place = self.key(first, depth), self.place(first)
+            value = self.node(next(self.events), depth + 1)
+            if key is None:
+                continue
             if key in keys:
                 what = f"`{key[:60]}` is written twice; the first is in line {keys[key].line}"
                 self.problems.append(Slip((), what, "remove one", place))
-            keys[key] = place
-            children[key] = self.node(next(self.events), depth + 1)
+            keys[key], children[key] = place, value
         return self.closed(children, list(children.values()), event, keys)
 
     def closed(self, value: Any, children: list[Node], event: Any, keys: dict[str, Place]) -> Node:
@@ -239,16 +243,18 @@ class _Reader:
         height = 1 + max((child.height for child in children), default=0)
         return Node(value, self.place(event), keys, size, height)
 
-    def key(self, event: Any, depth: int) -> str:
+    def key(self, event: Any, depth: int) -> str | None:
         if not isinstance(event, ScalarEvent):
             raise self.slip(event, "a key has to be text", "a list, a mapping or an alias can't be one")
         value = self.node(event, depth + 1).value
         if event.value == "<<":
-            self.problems += self.slip(event, "merge keys (`<<`) aren't understood", "write the keys out").problems
+            wrong = self.slip(event, "merge keys (`<<`) aren't understood", "write the keys out")
         elif not isinstance(value, str):
-            written = event.value[:60]
-            self.problems += self.slip(event, f"a key has to be text, not `{written}`", "put it in quotes").problems
-        return str(event.value)
+            wrong = self.slip(event, f"a key has to be text, not `{event.value[:60]}`", "put it in quotes")
+        else:
+            return value
+        self.problems += wrong.problems
+        return None
 
     def scalar(self, event: Any) -> Any:
         text = event.value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any, cast, get_args
 
 from pydantic import ValidationError
@@ -36,6 +37,8 @@ KINDS = {
 }
 """Pydantic's errors about the kind of a value -> the kind it asks for."""
 
+_MISSING = "is missing"
+_MEANT = "did you mean "
 LIMITS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
@@ -45,30 +48,37 @@ def problems(error: ValidationError, root: Node) -> list[Problem]:
     groups: dict[Key, list[Error]] = {}
     for found in error.errors(include_url=False):
         groups.setdefault(_key(found, root), []).append(cast(Error, found))
-    return [
+    found = [
         problem
         for key, group in groups.items()
         if not _explained_below(key, group, groups)
         for problem in _problems(key, group)
     ]
+    # Where `data` is missing and `dataset` is no such key, one line says both.
+    meant = {(*problem.key[:-1], problem.next.split("`")[1]) for problem in found if problem.next.startswith(_MEANT)}
+    return [problem for problem in found if problem.what != _MISSING or problem.key not in meant]
 
 
 def unknown(name: str, parts: Iterable[type[Part]]) -> str:
     """What to do about a key that doesn't exist where keys of `parts` do."""
-    here = [key for part in parts for key in part.model_fields]
+    here = list(dict.fromkeys(key for part in parts for key in part.model_fields))
     plain = name.lower().replace("-", "_")
     meant = plain if plain in here else KEYS.get(plain, "")
     if meant in here:
-        return f"did you mean `{meant}`?"
+        return f"{_MEANT}`{meant}`?"
+    if name.split(".")[0] in here:
+        return f"write `{_nested(name)}`"
+    if meant and (places := _places(meant, here)):
+        return f"write {places}"
     if near := get_close_matches(name, here, n=1, cutoff=0.8):
-        return f"did you mean `{near[0]}`?"
-    if places := _places(meant or plain):
+        return f"{_MEANT}`{near[0]}`?"
+    if places := _places(plain, here):
         return f"write {places}"
     if plain in ELSEWHERE:
         return ELSEWHERE[plain]
     if near := get_close_matches(name, here, n=1, cutoff=0.6):
-        return f"did you mean `{near[0]}`?"
-    return f"the keys here are {', '.join(f'`{key}`' for key in here)}"
+        return f"{_MEANT}`{near[0]}`?"
+    return f"the keys here are {_some(here, 6)}"
 
 
 def described(value: Any) -> str:
@@ -95,7 +105,13 @@ def closest(value: str, allowed: Iterable[str]) -> str:
     near = [meant] if meant in choices else get_close_matches(value.lower(), choices, n=1, cutoff=0.6)
     if near:
         return f"did you mean `{near[0]}`?"
-    return f"it can be {_either([f'`{choice}`' for choice in choices])}"
+    return f"it can be {_some(choices)}"
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    """Names in backquotes, as many as a line bears."""
+    quoted = [f"`{name}`" for name in names]
+    return _either(quoted) if len(quoted) <= most else f"{', '.join(quoted[:most])}, ..."
 
 
 def _either(choices: list[str]) -> str:
@@ -132,18 +148,21 @@ def _explained_below(key: Key, group: list[Error], groups: Iterable[Key]) -> boo
 
 def _problems(key: Key, group: list[Error]) -> list[Problem]:
     others = [error for error in group if error["type"] not in KINDS]
+    if isinstance(value := group[0]["input"], float) and not isfinite(value):
+        return [Problem(key, "has to be a finite number")]
     if others:
         said = [_sentence(key, error) for error in others]
         return [Problem(key, what, then) for what, then in dict.fromkeys(said)]
-    value = group[0]["input"]
     kinds = list(dict.fromkeys(KINDS[error["type"]] for error in group))
-    return [Problem(key, f"needs {_either(kinds)}, not {described(value)}", _converted(value, kinds))]
+    return [Problem(key, f"needs {_either(kinds)}, not {described(value)}", _converted(key, value, kinds))]
 
 
-def _converted(value: Any, kinds: list[str]) -> str:
+def _converted(key: Key, value: Any, kinds: list[str]) -> str:
     """How to turn a value of the wrong kind into one of the right kind, where that is plain."""
     if "a list" in kinds and isinstance(value, dict):
         return "put it in a list: `[{...}]`, or `- ` in front of it"
+    if key[0] == "stages" and isinstance(key[-1], int) and isinstance(value, str):
+        return f"write `{{name: {cut(value)}, epochs: 1}}`"
     if not isinstance(value, str):
         return "leave the key out for the default" if value is None else ""
     if isinstance(resolve(value), int | float) and any("number" in kind or "true" in kind for kind in kinds):
@@ -156,7 +175,7 @@ def _sentence(key: Key, error: Error) -> tuple[str, str]:
     """What is wrong, and what to do."""
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "missing":
-        return "is missing", f"add `{EXAMPLES.get(str(key[-1]), f'{key[-1]}: ...')}`"
+        return _MISSING, f"add `{EXAMPLES.get(str(key[-1]), f'{key[-1]}: ...')}`"
     if kind == "extra_forbidden":
         return "no such key", unknown(str(key[-1]), _parts_at(error["loc"][:-1]))
     if kind in LIMITS:
@@ -178,7 +197,9 @@ def _sentence(key: Key, error: Error) -> tuple[str, str]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and abs(value) < 2**63 else f"{value:g}" if value < 2**63 else "2^63"
+    if value == 2**63:
+        return "2^63"
+    return cut(str(value)) if isinstance(value, int) else f"{value:g}"
 
 
 def _not_one_of(value: Any, allowed: list[str]) -> tuple[str, str]:
@@ -189,13 +210,13 @@ def _not_one_of(value: Any, allowed: list[str]) -> tuple[str, str]:
 
 def _untyped(key: Key, value: Any) -> tuple[str, str]:
     """A task or schedule without its `type`."""
-    if key == ("stages",):
-        word = f"{{type: {value}, epochs: 1}}" if isinstance(value, str) else "{type: gradual, epochs: 1}"
-        return f"needs a list of stages or a mapping with a `type`, not {described(value)}", f"write `stages: {word}`"
-    kind = "without a `type`" if isinstance(value, dict) else described(value)
-    return f"needs a task's name or a mapping with a `type`, not {described(value)}".replace(
-        "not a mapping", f"not one {kind}"
-    ), "write `task: text-classification`"
+    what = "is a mapping without a `type`" if isinstance(value, dict) else f"can't be {described(value)}"
+    if key != ("stages",):
+        return what, "write `task: text-classification`, or `task: {type: text-classification, ...}`"
+    kind = VALUES.get(value, value) if isinstance(value, str) else ""
+    known = [name for part in _parts_at(("stages",)) for name in get_args(_type(part))]
+    example = f"{{type: {kind if kind in known else 'gradual'}, epochs: 1}}"
+    return f"{what}; it is a list of stages or a mapping with a `type`", f"write `stages: {example}`"
 
 
 def _misspelt(key: Key, value: str) -> tuple[str, str]:
@@ -239,17 +260,24 @@ def _type(part: type[Part]) -> Any:
     return part.model_fields["type"].annotation if "type" in part.model_fields else None
 
 
-def _places(name: str) -> str:
+def _places(name: str, here: list[str]) -> str:
     """Where a key lives, as a user would write it, or "" where there is none of that name."""
     if "." in name:
         first = name.split(".")[0]
-        return f"`{name}`" + ("" if first in Recipe.model_fields else " in a stage")
+        return f"`{_nested(name)}`" + ("" if first in Recipe.model_fields or first in here else " in a stage")
     if name in Recipe.model_fields:
         return f"`{name}` at the top of the recipe"
-    found = [f"`{top}.{name}`" for top in ("training", "evaluation", "model", "data") if name in _fields((top,))]
-    found += [f"`{name}` in `data.splits`"] if name in _fields(("data", "splits")) else []
+    tops = [f"{top}.{name}" for top in ("training", "evaluation", "model", "data") if name in _fields((top,))]
+    tops += [f"data.splits.{name}"] if name in _fields(("data", "splits")) else []
+    found = [f"`{_nested(top)}`" for top in tops]
     found += [f"`{name}` in a stage"] if name in _fields(("stages", "list")) else []
     return " or ".join(found)
+
+
+def _nested(path: str) -> str:
+    """`a.b.c` as one writes it in a recipe: `a: {b: {c: ...}}`."""
+    *outer, last = path.split(".")
+    return "".join(f"{step}: {{" for step in outer) + f"{last}: ..." + "}" * len(outer)
 
 
 def _fields(location: Key) -> set[str]:

@@ -140,6 +140,7 @@ def test_a_pattern_that_names_nothing_is_empty():
         ("@blocks[::0]", "no index that Python would take"),
         ("@head[1]", "takes no index"),
         ("@", "there are @head"),
+        ("@: head", "there are @head"),
         ("a\nb", "can't be printed"),
         ("((a{1000}){1000}){1000}", "repeats too often"),
         ("a{99999999999999999999}", "repeats too often"),
@@ -220,7 +221,7 @@ def test_hostile_patterns_end(pattern: str):
     start = time.monotonic()
     with contextlib.suppress(ValueError):
         select(pattern, model)
-    assert time.monotonic() - start < 6  # the deadline is 2 s; the machine may be busy
+    assert time.monotonic() - start < 15  # the deadline is 2 s, kept coarsely, and the machine may be busy
 
 
 def test_the_deadline_is_for_the_whole_model(monkeypatch: pytest.MonkeyPatch):
