@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ import typer
 from engine.errors import REFUSED, FrostlineError, PlanError, Problem, RecipeError
 
 if TYPE_CHECKING:
+    from engine.errors import Source
+    from engine.load import Loaded
     from engine.recipe import Recipe
 
 app = typer.Typer(
@@ -48,6 +51,43 @@ def check(
     refused = [file for file in files if not _checked(file, overrides)]
     if refused:
         raise typer.Exit(REFUSED)
+
+
+@app.command()
+def plan(
+    what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Print the stages as a list to paste into a recipe.")] = False,
+    examples: Annotated[int | None, typer.Option(help="Plan for so many examples, and leave the data alone.")] = None,
+    data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
+) -> None:
+    """Show what a recipe will do: who trains in which stage, at which rate, at what cost. No weights are read."""
+    from engine import screen, start
+
+    loaded, name = one_recipe(what)
+    with placed(loaded.source):
+        drafted = start.draft(loaded, data_root, examples)
+    if json:
+        screen.print_json(drafted.plan)
+    elif write:
+        screen.print_stages(loaded.recipe, drafted.outline)
+    else:
+        screen.show_plan(screen.console(), name, drafted.plan)
+
+
+@app.command()
+def run(
+    what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever an earlier run has left.")] = False,
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+    data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
+) -> None:
+    """Train a recipe into runs/<its name>; a run that was cut short goes on where it was."""
+    from engine import screen, start
+
+    loaded, name = one_recipe(what)
+    with placed(loaded.source):
+        screen.follow(screen.console(), start.run(loaded, name, data_root, runs, fresh))
 
 
 @app.command()
@@ -98,6 +138,26 @@ def recipes(paths: Sequence[Path]) -> Iterator[Path]:
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             if file.suffix in (".yaml", ".yml") and not hidden and file.is_file():
                 yield file
+
+
+def one_recipe(words: Sequence[str]) -> tuple[Loaded, str]:
+    """The one recipe that a command is about, and the name of its runs: the file's own."""
+    from engine.load import load
+
+    paths, overrides = split(words)
+    if len(paths) != 1:
+        raise typer.BadParameter(f"give one recipe, not {len(paths)}")
+    return load(paths[0], overrides), paths[0].stem
+
+
+@contextmanager
+def placed(source: Source) -> Iterator[None]:
+    """A recipe that doesn't fit its model or data is told with the place of each key."""
+    try:
+        yield
+    except PlanError as error:
+        error.source = source
+        raise
 
 
 def tell(error: FrostlineError) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 VERSIONED = ("frostline", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 
 
-FREE = ("training.logging_steps", "training.save_steps", "training.save_total_limit", "evaluation.batch_size", "cache")
+FREE = ("training.logging_steps", "training.save_steps", "training.save_total_limit", "evaluation.batch_size")
 """Keys that may change between a run and its continuation: they don't decide what is trained."""
 
 
@@ -118,7 +118,7 @@ def _listed(value: Any) -> bool:
 
 def _free(key: str, stage: int) -> bool:
     later = re.match(r"stages\[(\d+)\]", key)
-    return key in FREE or (later is not None and int(later[1]) > stage)
+    return key in FREE or key.split(".")[0] == "cache" or (later is not None and int(later[1]) > stage)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from engine.batches import Batching, MicroBatch
 from engine.data import Encoded, Split, order
 from engine.errors import RunError
 from engine.plan import Stage
+from engine.prefix import Cache
 from engine.processes import agree
 from engine.proof import canary
 from engine.randomness import stable_seed
 from engine.recipe import Recipe
+from engine.shortcut import Shortcut, open_shortcut
 from engine.tasks import Facts
 
 Batch = dict[str, Any]
@@ -45,9 +47,10 @@ class Learner:
         facts: Facts,
         accelerator: Accelerator,
         batching: Batching,
+        cache: Cache | None = None,
     ):
         self.recipe, self.data, self.facts, self.accelerator = recipe, data, facts, accelerator
-        self.task, self.batching = recipe.task, batching
+        self.task, self.batching, self.cache = recipe.task, batching, cache
         self.model = model.to(accelerator.device)
         self.processor = processor
         self.collate = self.task.collate(processor)
@@ -74,10 +77,11 @@ class Learner:
         if not resumed:
             self.restructure(stage)
         freezing.obey(self.model, frozenset(stage.trainable))
-        freezing.train_mode(self.model)
         agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
+        self.shortcut = self._shortcut()
+        self.shortcut.train_mode()
         self._canary()
         found = freezing.parameters(self.model)
         optimizer = optim.build(stage, found, self.recipe.training)
@@ -86,7 +90,21 @@ class Learner:
         self.trained |= set(stage.trainable)
         self.parameters = [found[name] for name in stage.trainable]
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.replay = self.shortcut.replaying()
+        self.replay.__enter__()
         return carried
+
+    def _shortcut(self) -> Shortcut:
+        """The stage's way past its frozen prefix, under the precision it trains in."""
+        stage, splits = self.stage, [split for split in (self.data.train, self.data.validation) if split is not None]
+        every = self.recipe.evaluation.eval_steps or stage.steps_per_epoch
+        judged = len(splits[1]) / len(splits[0]) * (stage.steps / every) if len(splits) > 1 else 0.0
+        passes = stage.steps / stage.steps_per_epoch + judged
+        with self.accelerator.autocast():
+            return open_shortcut(self.model, splits, self.collate, self.cache, passes, self._first_refusal)
+
+    def _first_refusal(self, refusal: str) -> str:
+        return next(filter(None, gather_object([refusal])), "")
 
     def all_moments(self) -> optim.Moments:
         """What the optimizers so far remember, by parameter name."""
@@ -103,9 +121,10 @@ class Learner:
     def leave(self) -> None:
         """Unwrap the model, keep the moments by name, and do with the adapters what the stage says."""
         self.accelerator.wait_for_everyone()
+        self.replay.__exit__(None, None, None)
         self.optimizer.zero_grad(set_to_none=True)
         self.moments = self.all_moments()
-        del self.wrapped, self.optimizer
+        del self.wrapped, self.optimizer, self.shortcut, self.replay
         self.accelerator.free_memory()
         gc.collect()
         for leftover in ("forward", "_original_forward", "_is_accelerate_prepared"):
@@ -139,6 +158,7 @@ class Learner:
             torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, step, micro.number))
             last = turn == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                self.shortcut.feed(self.data.train, micro.indices, batch)
                 loss = self._loss(self.wrapped, batch) if weight else self._nothing(batch)
                 # DDP means over devices; the loss is a mean over all the units of the step.
                 self.accelerator.backward(loss * (weight * self.accelerator.num_processes / total))
@@ -248,6 +268,8 @@ class Learner:
         with freezing.eval_mode(self.model):
             for chunk in chunks[rank::processes]:
                 batch = self._collated(split, chunk)
+                if hasattr(self, "shortcut"):
+                    self.shortcut.feed(split, chunk, batch)
                 outputs = self.wrapped_forward(batch)
                 weight = self.task.weight(batch)
                 sums[0] += float(outputs.loss) * weight if weight else 0.0

@@ -42,7 +42,7 @@ class Loaded:
 def source(model: Model, root: Path) -> str:
     """The folder or the Hub's name that transformers loads a recipe's model from."""
     if model.path.startswith("package:"):
-        return str(locate(model.path))
+        return str(locate(model.path, ("model", "path")))
     local = root / model.path
     return str(local) if local.is_dir() else model.path
 

@@ -122,6 +122,19 @@ class Training(Part):
     """Optimizer steps between two records of the loss."""
 
 
+class Cache(Part):
+    """Whether and how activations of the frozen prefix are kept and replayed."""
+
+    shorthand = "mode"
+
+    mode: Literal["auto", "off"] = "auto"
+    """`auto` keeps them where that pays and is exact, `off` never does."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """How they are stored; all but float32 trade a little accuracy for disk."""
+    budget: Rate = 20.0
+    """Gigabytes that the cache may take; what was not used for longest makes room."""
+
+
 class Evaluation(Part):
     """How a model is judged while it trains."""
 
@@ -183,8 +196,8 @@ class Recipe(Part):
     """Most examples a device takes at once; the rest is gradient accumulation."""
     evaluation: Evaluation = Evaluation()
     """How a model is judged while it trains."""
-    cache: Literal["auto", "off"] = "auto"
-    """Whether activations of the frozen prefix are kept and replayed where that pays."""
+    cache: Cache = Cache()
+    """Whether and how activations of the frozen prefix are kept and replayed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides the head's first weights, the order of the data and every dropout mask."""
 

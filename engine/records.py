@@ -51,6 +51,8 @@ class StageStarted(Event):
     steps: int
     carried: int
     """Parameters whose moments came along from the stage before."""
+    frozen: str = ""
+    """What becomes of the frozen prefix: replayed from the cache, or computed, and why."""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from ruamel.yaml import YAML
 
+from engine.openings import entries as stage_entries
+from engine.outline import Outline
 from engine.plan import Plan, Stage
+from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
+
+
+def console() -> Console:
+    """Standard output; wide where nobody's window limits it."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(plan: Plan) -> None:
+    """The plan as JSON on standard output."""
+    print(json.dumps(plan.json(), indent=1))
+
+
+def print_stages(recipe: Recipe, outline: Outline) -> None:
+    """The recipe's stages as the YAML list that a schedule generates, to be pasted and changed."""
+    entries = [entry.model_dump(exclude_defaults=True, mode="json") for entry, _ in stage_entries(recipe, outline)]
+    yaml = YAML()
+    yaml.default_flow_style = None
+    yaml.width = 120
+    yaml.dump({"stages": [{"name": entry.pop("name"), **entry} for entry in entries]}, sys.stdout)
 
 
 def show_plan(console: Console, name: str, plan: Plan) -> None:
@@ -93,9 +118,8 @@ def line(event: Event) -> str:
             return f"[dim]note[/]  {event.sentence}"
         case StageStarted():
             carried = f", {event.carried} moments carried over" if event.carried else ""
-            return (
-                f"[bold cyan]{event.stage}[/]  {count(event.size)} parameters train for {event.steps:,} steps{carried}"
-            )
+            trains = f"{count(event.size)} parameters train for {event.steps:,} steps{carried}"
+            return f"[bold cyan]{event.stage}[/]  {trains}; {event.frozen}"
         case Step():
             rates = sorted(set(event.rates), reverse=True)
             rate = f"{rates[0]:.2e}" + (f" to {rates[-1]:.2e}" if len(rates) > 1 else "")

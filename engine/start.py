@@ -21,8 +21,10 @@ from engine.load import Loaded
 from engine.outline import Outline
 from engine.plan import Plan
 from engine.position import Position, resume
+from engine.prefix import Cache
 from engine.processes import asked_to_stop, launched, together
 from engine.proof import digests
+from engine.recipe import Recipe
 from engine.records import Event, Note, Started
 from engine.tasks import Facts
 from engine.train import Loop
@@ -60,7 +62,7 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
         if together(accelerator, folder.finished):
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
-        learner, plan, notes = _ready(loaded, root, accelerator)
+        learner, plan, notes = _ready(loaded, root, runs / ".cache", accelerator)
         before = digests(learner.model)
         position, skipped = _position(loaded, learner, plan, folder)
         started = Started(
@@ -73,7 +75,22 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
         accelerator.end_training()
 
 
-def _ready(loaded: Loaded, root: Path, accelerator: Accelerator) -> tuple[Learner, Plan, tuple[str, ...]]:
+def _cache(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Cache | None:
+    """Where the recipe's activations are kept, on this process's share of them."""
+    wanted = recipe.cache
+    if wanted.mode == "off":
+        return None
+    return Cache(
+        folder=folder,
+        dtype=wanted.dtype,
+        budget=round(wanted.budget * 1e9),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+
+
+def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) -> tuple[Learner, Plan, tuple[str, ...]]:
     """The learner with its model and data, the plan, and what the user should know of them."""
     recipe = loaded.recipe
     with accelerator.main_process_first():
@@ -85,7 +102,9 @@ def _ready(loaded: Loaded, root: Path, accelerator: Accelerator) -> tuple[Learne
     with accelerator.main_process_first():
         encoded = data.encode(rows, recipe.task, processor)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
-    learner = Learner(recipe, model.model, processor, encoded, rows.facts, accelerator, spread)
+    learner = Learner(
+        recipe, model.model, processor, encoded, rows.facts, accelerator, spread, _cache(recipe, cache, accelerator)
+    )
     return learner, plan, (*rows.notes, *encoded.notes, *model.notes)
 
 

@@ -50,7 +50,7 @@ class Loop:
     def _stage(self, stage: Stage) -> Iterator[Event]:
         began, position = time.perf_counter(), self.position
         carried = self.learner.enter(stage, resumed=position.step > 0)
-        yield StageStarted(stage.name, stage.size, stage.steps, carried)
+        yield StageStarted(stage.name, stage.size, stage.steps, carried, self.learner.shortcut.said)
         reason = f"{stage.steps} steps done"
         clock = time.perf_counter()
         while position.step < stage.steps and not self._stale(stage):

@@ -1,0 +1,100 @@
+"""A stage's way past its frozen prefix: the frost line found, the cache filled, replay checked, and then trusted.
+
+Where it would not pay, or replay differs from recomputation by more than rounding, the stage trains in full and the
+reason is said. It never changes what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from engine import freezing
+from engine.data import Split
+from engine.frostline import Refusal, find
+from engine.prefix import Cache, Prefix
+from engine.replay import Line
+from engine.store import Dtype
+
+TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2, "int8": 1e-1}
+"""How far loss and gradients of a replay may be from the full pass's, relative, by the type they are stored in."""
+
+
+@dataclass
+class Shortcut:
+    """How the forward passes of a stage are computed."""
+
+    model: nn.Module
+    line: Line | None
+    """The frost line, whether or not anything is replayed above it."""
+    prefixes: dict[Split, Prefix] = field(default_factory=dict)
+    said: str = ""
+    """One sentence for the user: what is replayed, or why nothing is."""
+
+    def train_mode(self) -> None:
+        """Train mode above the line, eval mode below: the same with and without a cache."""
+        self.line.train_mode() if self.line else freezing.train_mode(self.model)
+
+    def replaying(self) -> AbstractContextManager[Any]:
+        """Inside, forward passes cost what lies above the line; nothing changes where nothing is kept."""
+        return self.line.replaying() if self.line and self.prefixes else nullcontext()
+
+    def feed(self, split: Split, indices: Sequence[int], batch: Mapping[str, Any]) -> None:
+        """Before a forward pass on the examples `indices` of a split, collated into `batch`."""
+        if self.prefixes:
+            self.prefixes[split].feed(indices, batch)
+
+
+def open_shortcut(
+    model: nn.Module,
+    splits: Sequence[Split],
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
+    cache: Cache | None,
+    passes: float,
+    agreed: Callable[[str], str],
+) -> Shortcut:
+    """The shortcut of a stage whose flags are set; `cache` is None where the recipe wants none.
+
+    `passes` counts how often the stage goes over its training rows, evaluations included by their share of rows.
+    `agreed` returns the first refusal of any process, given this one's: all of them replay, or none.
+    """
+    found = find(model, _two_short(model, splits[0], collate))
+    line = found if isinstance(found, Line) else None
+    if (reason := agreed(_unwanted(found, cache, passes))) or line is None or cache is None:
+        return Shortcut(model, line, said=f"computes in full: {reason}")
+    opened = {split: Prefix.open(line, split, collate, cache) for split in splits}
+    prefixes = {split: prefix for split, prefix in opened.items() if isinstance(prefix, Prefix)}
+    refused = [prefix.reason for prefix in opened.values() if isinstance(prefix, Refusal)]
+    if reason := agreed(refused[0] if refused else _untrue(prefixes[splits[0]], cache.dtype)):
+        return Shortcut(model, line, said=f"computes in full: {reason}")
+    size = sum(prefix.size for prefix in prefixes.values())
+    return Shortcut(model, line, prefixes, f"replays {line.saved:.0%} of a forward pass from {size / 1e6:,.1f} MB")
+
+
+def _two_short(model: nn.Module, split: Split, collate: Callable[[Sequence[Any]], Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of two short examples, the cheapest that a trace learns everything from."""
+    order = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths, kind="stable")
+    device = next(model.parameters()).device
+    batch = collate(split.examples(order[:2].tolist()))
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
+def _unwanted(found: Line | Refusal, cache: Cache | None, passes: float) -> str:
+    if cache is None:
+        return "the recipe says `cache: off`"
+    if isinstance(found, Refusal):
+        return found.reason
+    return "" if passes > 1 else "one pass over the rows would not pay for keeping them"
+
+
+def _untrue(prefix: Prefix, dtype: Dtype) -> str:
+    difference = prefix.check()
+    if difference.within(TOLERANCE[dtype]):
+        return ""
+    gaps = f"loss {difference.loss:.1e}, gradient {difference.gradient:.1e}"
+    return f"a replay differs from the full pass ({gaps})"
