@@ -53,7 +53,7 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
     if "target_modules" not in known:
         raise ValueError(f"`{kind}` goes to a model as a whole and not to modules; stages can't freeze or thaw it yet")
     try:
-        return config_class(target_modules=list(targets), **fields)
+        return config_class(target_modules=list(targets), **fields)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError) as error:
         raise ValueError(f"PEFT refuses it: {error}") from error
 

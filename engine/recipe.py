@@ -98,7 +98,7 @@ class Training(Part):
     """Further arguments of that schedule."""
     layer_decay: Share = 1.0
     """Rate of each block as a share of the block above it (BEiT 0.65, ULMFiT 1 / 2.6)."""
-    optim: OptimizerName = "adamw_torch"
+    optim: OptimizerName = "adamw_torch_fused"
     """Optimizer: a name of `transformers.training_args.OptimizerNames`."""
     optim_args: str | None = None
     """Further arguments of the optimizer, `key=value` with commas between."""
@@ -186,7 +186,7 @@ class Recipe(Part):
     """Patterns of what starts frozen."""
     adapters: tuple[Adapter, ...] = ()
     """Adapters for the parts that stages unfreeze."""
-    stages: Stages = (StageEntry(name="all", epochs=3.0),)
+    stages: Stages = (StageEntry(name="all", epochs=3.0),)  # pyright: ignore[reportInvalidTypeForm]
     """The stages in order, or a mapping whose `type` generates them."""
     training: Training = Training()
     """How weights move."""
