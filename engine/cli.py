@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.errors import REFUSED, FrostlineError, PlanError, Problem, RecipeError
+from engine.errors import CRASH, REFUSED, FrostlineError, PlanError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from engine.errors import Source
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end the process with its exit code."""
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        sys.stdout.flush()
     except FrostlineError as error:
         tell(error)
         code = error.exit_code
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = CRASH
     except Exception as error:
         # A wrong command line: typer's own error, whose class it keeps to itself.
         show, code = getattr(error, "show", None), getattr(error, "exit_code", None)

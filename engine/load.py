@@ -132,7 +132,7 @@ class _Chain:
             self.seen.append(path.resolve())
             with path.open("rb") as file:
                 content = file.read(MOST_BYTES + 1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # a loop of links is a RuntimeError until Python 3.13
             self.slip(place, f"`{path}` can't be read: {getattr(error, 'strerror', None) or error}", "", key)
             return None
         self.bytes += len(content)
@@ -166,8 +166,8 @@ def _top(path: Path) -> Path:
     """The folder tree that a recipe may extend files of: its repository, or else its own folder."""
     try:
         folder = path.resolve().parent
-    except (OSError, ValueError):
-        return Path("/nowhere")
+    except (OSError, ValueError, RuntimeError):
+        return Path("/nowhere")  # the file can't be read either, and that is told
     return next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), folder)
 
 

@@ -114,11 +114,11 @@ def moved(pattern: str, outline: Outline) -> str | None:
     """
     if pattern.startswith("@"):
         return None
-    for olds, renamed in _renamed(pattern):
+    for changes, renamed in _renamed(pattern):
         if _matched(renamed, outline.names):
-            changes = " and ".join(f"`{old}` to `{new}`" for old, new in olds)
-            what = f"`{pattern}` names no module of this model: transformers 5 renamed {changes}"
-            return f"{what}, so write `{renamed}`"
+            called = " and ".join(f"`{old}` is `{new}`" for old, new in changes)
+            what = f"`{pattern}` names no module of this model, where {called} (transformers 5 renamed many)"
+            return f"{what}; write `{renamed}`"
     if owner := _parameter_owner(pattern, outline):
         return f"`{pattern}` names a parameter; patterns name modules, such as `{owner}`"
     return None

@@ -234,6 +234,9 @@ def test_files_that_are_none(tmp_path: Path):
     assert "did you mean `intent.yaml`?" in refused(tmp_path / "intnet.yaml")
     assert "is a folder" in refused(tmp_path)
     assert "there is no such file" in refused(Path("/dev/zero"))
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    for path in (tmp_path / "loop.yaml", tmp_path / ("a" * 300), Path("a\0b")):
+        assert refused(path)
 
 
 def test_a_part_is_held_to_the_rules_of_yaml_alone(tmp_path: Path):

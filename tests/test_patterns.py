@@ -190,7 +190,7 @@ def test_nearest_are_patterns_that_match():
 def test_moved_between_transformers_4_and_5(pattern: str, write: str):
     assert not select(pattern, VIT).modules
     assert select(write, VIT).modules
-    assert f"so write `{write}`" in (moved(pattern, VIT) or "")
+    assert f"; write `{write}`" in (moved(pattern, VIT) or "")
 
 
 def test_moved_says_nothing_where_no_rename_helps():
