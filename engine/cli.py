@@ -78,6 +78,7 @@ def plan(
 @app.command()
 def run(
     what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Name of the run; the recipe's own if left out.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever an earlier run has left.")] = False,
     runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
@@ -85,9 +86,9 @@ def run(
     """Train a recipe into runs/<its name>; a run that was cut short goes on where it was."""
     from engine import screen, start
 
-    loaded, name = one_recipe(what)
+    loaded, own_name = one_recipe(what)
     with placed(loaded.source):
-        screen.follow(screen.console(), start.run(loaded, name, data_root, runs, fresh))
+        screen.follow(screen.console(), start.run(loaded, run_name(name or own_name), data_root, runs, fresh))
 
 
 @app.command()
@@ -149,6 +150,13 @@ def one_recipe(words: Sequence[str]) -> tuple[Loaded, str]:
     if len(paths) != 1:
         raise typer.BadParameter(f"give one recipe, not {len(paths)}")
     return load(paths[0], overrides), paths[0].stem
+
+
+def run_name(name: str) -> str:
+    """A run's name, once it is sure to be the name of a folder and not a way out of one."""
+    if not re.fullmatch(r"[\w][\w.+-]{0,99}", name):
+        raise typer.BadParameter(f"{name!r} can't name a run; use letters, digits, `-`, `_`, `.` and `+`")
+    return name
 
 
 @contextmanager

@@ -7,7 +7,6 @@ scheduler object, so there is no scheduler state to save, to load or to lose.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,11 +77,11 @@ def carry(optimizer: torch.optim.Optimizer, remembered: Moments) -> int:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in remembered:
-                optimizer.state[parameter] = {key: _placed(value, parameter) for key, value in remembered[name].items()}
+                # Step counters stay on the CPU, where reading them is cheap, unless a fused kernel reads them.
+                moved = group.get("fused") or group.get("capturable")
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if moved or value.shape == parameter.shape else value
+                    for key, value in remembered[name].items()
+                }
                 carried += 1
     return carried
-
-
-def _placed(value: Any, parameter: nn.Parameter) -> Any:
-    # AdamW keeps its step counters on the CPU unless it is fused or capturable; only what has the weight's shape moves.
-    return value.to(parameter.device) if value.shape == parameter.shape else value

@@ -50,6 +50,8 @@ class Model(Part):
     """Precision of the weights in memory; what trains is always float32."""
     attn_implementation: str | None = None
     """How attention is computed: `eager`, `sdpa`, `flash_attention_2`, ..."""
+    pad_token: Annotated[str, Field(min_length=1)] | None = None
+    """The token that fills short texts up, where the tokenizer names none; one that it doesn't know is added to it."""
 
 
 class Splits(Part):

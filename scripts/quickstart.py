@@ -30,7 +30,7 @@ def main() -> int:
     print("data/trec: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + ", no question twice")
     baselines = {"the commonest label": majority(splits), "TF-IDF + logistic regression": tf_idf(splits)}
     show(["frostline", "plan", RECIPE])
-    show(["accelerate", "launch", "engine/run.py", RECIPE])
+    show(["accelerate", "launch", "engine/run.py", RECIPE, "--fresh"])
     print(table(baselines | stages(RUN / "metrics.jsonl")))
     print(f"\nThe model and everything the run wrote down: {RUN}/\nNext, perhaps:")
     for command in following():
@@ -42,7 +42,7 @@ def following() -> list[str]:
     """Three commands to try next, as they are typed without activating the environment."""
     scripts = _venv.SCRIPTS.relative_to(_venv.ROOT)
     return [
-        f"{scripts / 'accelerate'} launch engine/run.py {RECIPE} stages.top.learning_rate=1e-4   # change one thing",
+        f"{scripts / 'accelerate'} launch engine/run.py {RECIPE} --name slower stages.top.learning_rate=1e-4",
         f"{scripts / 'frostline'} plan {RECIPE} stages.top.unfreeze=layer.5   # what would train",
         "python3 scripts/test.py   # what a change has to pass",
     ]

@@ -1,5 +1,6 @@
 """One stage with everything trainable is `transformers.Trainer`: the same losses, step by step."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.tasks import Facts
 
 ROWS, BATCH, EPOCHS = 52, 16, 3
 TRAINING = {
+    "optim": "adamw_torch",
     "learning_rate": 1e-3,
     "weight_decay": 0.05,
     "warmup_steps": 0.2,
@@ -109,31 +111,29 @@ class InOrder(Sampler):
         return len(self.order)
 
 
+class Epochs:
+    """A loader with an order of its own for each epoch."""
+
+    def __init__(self, dataset, batch_size, orders):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.orders = iter(orders)
+
+    def __iter__(self):
+        sampler = InOrder(next(self.orders))
+        loader = torch.utils.data.DataLoader
+        return iter(loader(self.dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=Padder()))
+
+    def __len__(self):
+        return -(-ROWS // self.batch_size)
+
+
 def theirs(tmp_path: Path, accumulation, training, order):
     per_epoch = len(order) // EPOCHS
-    epochs = iter([sum(order[epoch * per_epoch : (epoch + 1) * per_epoch], []) for epoch in range(EPOCHS)])
+    epochs = [list(chain(*order[epoch * per_epoch : (epoch + 1) * per_epoch])) for epoch in range(EPOCHS)]
 
     class Same(transformers.Trainer):
         def get_train_dataloader(self):
-            loader = torch.utils.data.DataLoader
-            samplers = [InOrder(indices) for indices in epochs]
-
-            class Epochs:
-                """Each epoch in the order that we had it in."""
-
-                dataset, batch_size = self.train_dataset, self.args.per_device_train_batch_size
-                turn = -1
-
-                def __iter__(inner):
-                    inner.turn += 1
-                    sampler = samplers[inner.turn]
-                    size = self.args.per_device_train_batch_size
-                    return iter(loader(self.train_dataset, batch_size=size, sampler=sampler, collate_fn=Padder()))
-
-                def __len__(inner):
-                    return -(-ROWS // self.args.per_device_train_batch_size)
-
-            return Epochs()
+            return Epochs(self.train_dataset, self.args.per_device_train_batch_size, epochs)
 
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -145,7 +145,6 @@ def theirs(tmp_path: Path, accumulation, training, order):
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
-        optim="adamw_torch",
         **training,
     )
     trainer = Same(tiny_bert(), arguments, train_dataset=Dataset.from_dict(rows()), data_collator=Padder())
