@@ -88,10 +88,13 @@ class RunFolder:
 
     def save_model(self, learner: Learner) -> Path:
         """Save the model and what prepares its inputs, to be loaded by plain `from_pretrained`."""
+        from engine.models import quietly
+
         if learner.accelerator.is_main_process:
             staged = self.path / ".model"
             shutil.rmtree(staged, ignore_errors=True)
-            learner.model.save_pretrained(staged, safe_serialization=True)
+            with quietly():
+                learner.model.save_pretrained(staged, safe_serialization=True)
             learner.processor.save_pretrained(staged)
             shutil.rmtree(self.model, ignore_errors=True)
             staged.rename(self.model)

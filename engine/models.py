@@ -6,7 +6,8 @@ a permission, is one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,25 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engine.adapters import attach
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
 from engine.outline import Outline
 from engine.outlining import outline
-from engine.packages import locate
+from engine.packages import PREFIX, locate
 from engine.plan import Attachment, Plan, attachments, make
 from engine.randomness import stable_seed
 from engine.recipe import Model, Recipe
 from engine.tasks import Facts
+
+PATH = ("model", "path")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_UNLIMITED = 10**30
+"""What a tokenizer without a limit says."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,21 @@ class Loaded:
 
 
 def source(model: Model, root: Path) -> str:
-    """The folder or the Hub's name that transformers loads a recipe's model from."""
-    if model.path.startswith("package:"):
-        return str(locate(model.path, ("model", "path")))
-    local = root / model.path
-    return str(local) if local.is_dir() else model.path
+    """The folder or the Hub's name that transformers loads a recipe's model from; folders lie below the data root."""
+    path = model.path
+    if path.startswith(PREFIX):
+        return str(locate(path, PATH))
+    place = (root / path).resolve()
+    inside = place.is_relative_to(root.resolve())
+    if inside and place.is_dir():
+        return str(place)
+    # transformers would take a folder of the current directory, wherever the root is
+    if not inside or Path(path).exists():
+        raise PlanError([Problem(PATH, f"`{path}` lies outside the data root", "move it below or choose another root")])
+    if not _HUB_NAME.fullmatch(path):
+        what = f"`{path}` is no folder below the data root, and no name of the Hub"
+        raise PlanError([Problem(PATH, what, "paths start at the data root; names of the Hub look like `owner/name`")])
+    return path
 
 
 def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
@@ -55,32 +73,83 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
         settings["label2id"] = {name: index for index, name in enumerate(facts.labels)}
     if facts.problem:
         settings["problem_type"] = facts.problem
+    place, revision = source(recipe.model, root), recipe.model.revision
     with _said_plainly(recipe.model):
-        return transformers.AutoConfig.from_pretrained(
-            source(recipe.model, root), revision=recipe.model.revision, trust_remote_code=False, **settings
-        )
+        written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
+        _refuse_code(recipe.model, written)
+        return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **settings)
 
 
-def processor(recipe: Recipe, root: Path) -> Any:
-    """What turns rows into the model's inputs: tokenizer, image processor or feature extractor."""
+def _refuse_code(model: Model, written: Mapping[str, Any]) -> None:
+    """Raise `PlanError` where a config asks for code of its checkpoint: neither that code nor a stand-in runs."""
+    if key := next((key for key in ("auto_map", "trust_remote_code") if written.get(key)), None):
+        what = f"{model.path} asks for code of its own (`{key}` in its config.json), which never runs here"
+        known = f"take a model that transformers knows itself, or a copy without `{key}` if its own class is meant"
+        raise PlanError([Problem(PATH, what, known)])
+
+
+def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any:
+    """What turns rows into the model's inputs: tokenizer, image processor or feature extractor.
+
+    With the model or its skeleton, a tokenizer's limit is brought down to the positions that the model has.
+    """
     kind = getattr(transformers, recipe.task.processor)
     with _said_plainly(recipe.model):
-        return kind.from_pretrained(source(recipe.model, root), revision=recipe.model.revision, trust_remote_code=False)
+        made = kind.from_pretrained(source(recipe.model, root), revision=recipe.model.revision, trust_remote_code=False)
+    tokenizer = getattr(made, "tokenizer", made)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        _pad(tokenizer, recipe.model)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, *_positions(bones))
+    return made
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
+    """Give a tokenizer the padding token that the recipe names; raises `PlanError` where none is named and none known.
+
+    Nothing is guessed: where the end of a text doubles as padding, a model can't tell the one from the other.
+    """
+    if model.pad_token:
+        tokenizer.add_special_tokens({"pad_token": model.pad_token})
+    elif tokenizer.pad_token is None:
+        what = f"the tokenizer of {model.path} has no padding token, so texts of different lengths can't share a batch"
+        known = f"`{tokenizer.eos_token}`, the end of a text, or " if tokenizer.eos_token else ""
+        raise PlanError([Problem(("model", "pad_token"), what, f"write one: {known}`[PAD]`, which is then added")])
+
+
+def _positions(model: nn.Module | None) -> Iterator[int]:
+    """The lengths beyond which the model has no positions: by its config, and by its table of them."""
+    yield _UNLIMITED
+    if model is None:
+        return
+    yield getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNLIMITED
+    for name, table in model.named_modules():
+        # RoBERTa and its kin begin to count after the padding's row.
+        if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:
+            yield table.num_embeddings - table.padding_idx - 1
 
 
 def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     """The model on the meta device: names and shapes, built from its config alone."""
-    kind = getattr(transformers, recipe.task.auto)
-    with torch.device("meta"), _said_plainly(recipe.model), _quietly():
-        return kind.from_config(config(recipe, facts, root), trust_remote_code=False)
-
-
-def load(recipe: Recipe, facts: Facts, root: Path) -> Loaded:
-    """The real model in float32 or the recipe's `dtype`, its new parts initialised from the recipe's seed alone."""
     settings = config(recipe, facts, root)
+    if recipe.model.pad_token:
+        text, tokenizer = settings.get_text_config(), processor(recipe, root)
+        text.pad_token_id, text.vocab_size = tokenizer.pad_token_id, max(text.vocab_size, len(tokenizer))
+    kind = getattr(transformers, recipe.task.auto)
+    with torch.device("meta"), _said_plainly(recipe.model), quietly():
+        return kind.from_config(settings, trust_remote_code=False)
+
+
+def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Loaded:
+    """The real model in float32 or the recipe's `dtype`, its new parts initialised from the recipe's seed alone.
+
+    `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does.
+    """
+    settings = config(recipe, facts, root)
+    tokenizer = getattr(prepares, "tokenizer", prepares)
+    padded = _pads_alike(settings, tokenizer)
     kind = getattr(transformers, recipe.task.auto)
     torch.manual_seed(stable_seed(recipe.seed, "model"))
-    with _said_plainly(recipe.model), _quietly():
+    with _said_plainly(recipe.model), quietly():
         model, info = kind.from_pretrained(
             source(recipe.model, root),
             config=settings,
@@ -94,10 +163,36 @@ def load(recipe: Recipe, facts: Facts, root: Path) -> Loaded:
         )
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
-    notes = [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
+    notes = [*padded, *_grown(model, tokenizer)]
+    notes += [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint have no place in this model")
     return Loaded(model, tuple(random), tuple(notes))
+
+
+def _pads_alike(settings: Any, tokenizer: Any) -> list[str]:
+    """Make the config's padding the tokenizer's: a decoder that classifies reads the last token that is none."""
+    wanted, text = getattr(tokenizer, "pad_token_id", None), settings.get_text_config()
+    had = getattr(text, "pad_token_id", None)
+    if wanted is None or wanted == had:
+        return []
+    text.pad_token_id = wanted
+    return [] if had is None else [f"the config's padding token is {had}, the tokenizer's {wanted}: the latter counts"]
+
+
+def _grown(model: nn.Module, tokenizer: Any) -> list[str]:
+    """Give the model a row of word embeddings for every token: new ones start as the mean of all, the seed aside."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return []
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    if len(tokenizer) <= rows:
+        return []
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # pyright: ignore
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # pyright: ignore
+            if table is not None:
+                table.weight[rows:] = table.weight[:rows].mean(0)
+    return [f"{len(tokenizer) - rows} new tokens start as the mean of the word embeddings"]
 
 
 def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = ()) -> tuple[Plan, Outline]:
@@ -123,6 +218,9 @@ def _said_plainly(model: Model) -> Iterator[None]:
     """Turns transformers' and the Hub's many ways to fail into one sentence."""
     try:
         yield
+    except SafetensorError as error:
+        what = f"{model.path} holds a damaged safetensors file ({error})"
+        raise RunError(f"{what}: copy or download it again", ENVIRONMENT) from error
     except (OSError, ValueError, ImportError) as error:
         words = " ".join(str(error).split())
         kind = type(error).__name__
@@ -135,11 +233,15 @@ def _said_plainly(model: Model) -> Iterator[None]:
             raise RunError(f"{missing}: check the network, HF_HOME and HF_HUB_OFFLINE", ENVIRONMENT) from error
         if isinstance(error, PermissionError) or "Errno" in words:
             raise RunError(f"{model.path} can't be read: {words}", ENVIRONMENT) from error
-        raise PlanError([Problem(("model", "path"), f"{model.path} can't be loaded: {words[:300]}")]) from error
+        if "no file named model.safetensors" in words or "does not appear to have a file named model.saf" in words:
+            what = f"{model.path} holds no model.safetensors; other weights are pickles, which are never opened"
+            raise PlanError([Problem(PATH, what, "save it anew with `save_pretrained`")]) from error
+        said = re.split(r"(?<=[a-z`'])[.:] ", words)[0].removesuffix(".")
+        raise PlanError([Problem(PATH, f"{model.path} can't be loaded: {said[:300]}")]) from error
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No bars and no load report: what they say is said in the run's own notes."""
     from transformers.utils import logging
 

@@ -170,11 +170,11 @@ def _files_said_plainly(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{name} can't be read: {_first_line(error)}", ENVIRONMENT) from error
+        raise _unreadable(name, error) from error
     except (DatasetsError, ValueError, TypeError, StopIteration) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, ValueError) and cause.errno:
-            raise RunError(f"{name} can't be read: {_first_line(cause)}", ENVIRONMENT) from error
+            raise _unreadable(name, cause) from error
         said = _first_line(cause)
         if not said or "corresponds to no data" in said:
             said = "it holds no rows"
@@ -182,6 +182,14 @@ def _files_said_plainly(name: str) -> Iterator[None]:
         raise PlanError(
             [Problem(_PATH, what, "look at the file, and whether it is of the kind its name says")]
         ) from error
+
+
+def _unreadable(name: str, error: OSError) -> RunError:
+    """The file itself can't be read, or the cache that its rows go through can't be used."""
+    if error.filename and name not in str(error.filename):
+        sentence = f"the cache of data sets can't be used: {_first_line(error)}; HF_HOME says where it lies"
+        return RunError(sentence, ENVIRONMENT)
+    return RunError(f"{name} can't be read: {_first_line(error)}", ENVIRONMENT)
 
 
 def _hub(data: Data, root: Path) -> Origin:

@@ -96,9 +96,10 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     with accelerator.main_process_first():
         rows = data.read(recipe, root)
     models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train))  # refuse before any download
-    model = models.load(recipe, rows.facts, root)
-    plan, _ = models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train), model.random)
-    processor = models.processor(recipe, root)
+    bones = models.skeleton(recipe, rows.facts, root)
+    processor = models.processor(recipe, root, bones)
+    model = models.load(recipe, rows.facts, root, processor)
+    plan, _ = models.draft(recipe, bones, len(rows.train), model.random)
     with accelerator.main_process_first():
         encoded = data.encode(rows, recipe.task, processor)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
