@@ -144,7 +144,7 @@ _ANSWERS: dict[str, str] = {
         "parallelism_config local_rank torch_compile strategy fsdp_transformer_layer_cls_to_wrap "
         "dataloader_num_workers tpu_num_cores use_mps_device"
     ),
-    "it belongs on the command line": ("trust_remote_code resume resume_from_checkpoint hub_cache cache_dir"),
+    "it belongs on the command line": ("trust_remote_code cache_dir hub_cache"),
     "the run folder is chosen on the command line": (
         "output_dir out_dir output logging_dir run_name overwrite_output_dir"
     ),
@@ -187,6 +187,7 @@ _ANSWERS: dict[str, str] = {
     "a stage ends after `epochs` or `steps`, or earlier by `early_stopping`": ("until every when"),
     "a recipe is data and names no code": ("_target_ class_path init_args import plugins _component_"),
     "write `training: {optim: adafactor}`": ("adafactor"),
+    "a run that was cut short goes on by itself; `--fresh` starts over": ("resume resume_from_checkpoint auto_resume"),
     "each metric knows by itself which way is better": ("greater_is_better"),
     "data are read whole, so that every example is seen the same on every number of devices": ("streaming"),
     "write `training.train_sampling_strategy`: `random`, `sequential` or `group_by_length`": ("shuffle"),

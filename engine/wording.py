@@ -61,7 +61,7 @@ def problems(error: ValidationError, root: Node) -> list[Problem]:
 
 def unknown(name: str, parts: Iterable[type[Part]]) -> str:
     """What to do about a key that doesn't exist where keys of `parts` do."""
-    here = list(dict.fromkeys(key for part in parts for key in part.model_fields))
+    here = list(dict.fromkeys(key for part in parts for key in _keys(part)))
     plain = name.lower().replace("-", "_")
     meant = plain if plain in here else KEYS.get(plain, "")
     if meant in here:
@@ -79,6 +79,11 @@ def unknown(name: str, parts: Iterable[type[Part]]) -> str:
     if near := get_close_matches(name, here, n=1, cutoff=0.6):
         return f"{_MEANT}`{near[0]}`?"
     return f"the keys here are {_some(here, 6)}"
+
+
+def _keys(part: type[Part]) -> list[str]:
+    """What may be written in a part; `extends` is gone before a recipe is one."""
+    return [*part.model_fields, "extends"] if part is Recipe else list(part.model_fields)
 
 
 def described(value: Any) -> str:

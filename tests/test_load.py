@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from engine.errors import PlanError, Problem, RecipeError
 from engine.load import Loaded, load, scan
+from engine.names import KEYS
 from engine.reading import read, resolve
-from engine.recipe import OptimizerName, Recipe
-from engine.schedules import StageEntry
+from engine.recipe import Data, Model, OptimizerName, Recipe, Splits, Training
+from engine.schedules import Gradual, StageEntry
 from engine.schedules.base import SchedulerName
 from engine.schema import schema
 from engine.source import clean
+from engine.wording import unknown
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "model: a/b\ntask: text-classification\ndata: c/d\n"
@@ -355,6 +357,12 @@ def test_all_problems_at_once(tmp_path: Path):
 
 
 # names and schema
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_name_of_other_tools_leads_to_a_key(name: str):
+    told = [unknown(name, [part]) for part in (Recipe, Model, Data, Splits, Training, StageEntry, Gradual)]
+    assert any(KEYS[name].split(".")[-1] in words for words in told)
 
 
 def test_names_of_schedulers_and_optimizers_are_those_of_transformers():
