@@ -49,27 +49,48 @@ class Rows:
 class Split:
     """Rows as the model takes them, unpadded."""
 
-    def __init__(self, rows: Dataset, prepare: Callable[[Any], Mapping[str, list[Any]]] | None = None, by: str = ""):
-        """`prepare` turns raw columns into the model's inputs as they are read; `by` says which way it does so."""
+    def __init__(
+        self,
+        rows: Dataset,
+        prepare: Callable[[Any], Mapping[str, list[Any]]] | None = None,
+        by: str = "",
+        members: int = 1,
+    ):
+        """`prepare` turns raw columns into the model's inputs as they are read; `by` says which way it does so.
+
+        `members` rows in a row are one example, and come one after the other.
+        """
         self._rows = rows
         self._prepare = prepare
         self._by = by
+        self.members = members
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) // self.members
+
+    @cached_property
+    def single(self) -> Split:
+        """The same rows, each an example by itself."""
+        return self if self.members == 1 else Split(self._rows, self._prepare, self._by)
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> list[int]:
+        """The rows of which the examples at `indices` are made; these are the examples of `single`."""
+        firsts = np.asarray(indices, dtype=np.int64)[:, None] * self.members
+        return (firsts + np.arange(self.members)).ravel().tolist()
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         """The examples at `indices`, labels included, ready for the task's collate function."""
-        columns = self._rows[np.asarray(indices, dtype=np.int64).tolist()]
+        columns = self._rows[self.rows(indices)]
         columns = self._prepare(columns) if self._prepare else columns
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     @cached_property
     def lengths(self) -> np.ndarray | None:
-        """Tokens of each example (examples,), or None where examples have no tokens."""
+        """Tokens of each example's longest row (examples,), or None where examples have no tokens."""
         if "input_ids" not in self._rows.column_names:
             return None
-        return pc.list_value_length(arrow(self._rows, "input_ids")).to_numpy().astype(np.int64)
+        lengths = pc.list_value_length(arrow(self._rows, "input_ids")).to_numpy().astype(np.int64)
+        return lengths.reshape(-1, self.members).max(axis=1)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,12 +148,14 @@ def encode(rows: Rows, task: Task, processor: Any) -> Encoded:
         if dataset is None:
             return None
         if not task.encoded_once:
-            return Split(dataset, lambda batch: _inputs(task, batch, processor, rows.facts), _identity(processor))
+            prepare = lambda batch: _inputs(task, batch, processor, rows.facts)  # noqa: E731
+            return Split(dataset, prepare, _identity(processor), rows.facts.members)
         encoded = _encode(dataset, task, processor, rows.facts)
         if TRUNCATED in encoded.column_names and (lost := pc.sum(arrow(encoded, TRUNCATED)).as_py()):
             share = f"{lost:,} of {len(encoded):,} {name} rows ({lost / len(encoded):.1%})"
             notes.append(f"{share} are longer than the limit and lose their end")
-        return Split(encoded.remove_columns([name for name in (TRUNCATED,) if name in encoded.column_names]))
+        kept = encoded.remove_columns([name for name in (TRUNCATED,) if name in encoded.column_names])
+        return Split(kept, members=rows.facts.members)
 
     train = split("train", rows.train)
     assert train is not None

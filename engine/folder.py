@@ -1,6 +1,6 @@
 """A run's folder: what was asked (recipe, plan), what it ran on (manifest), what happened (metrics), what came of it.
 
-runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  checkpoints/  model/
+runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  confusion.json  report.html  checkpoints/  model/
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +41,14 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.manifest = path / "manifest.json"
         self.metrics = path / "metrics.jsonl"
+        self.confusion = path / "confusion.json"
+        self.report = path / "report.html"
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
 
     def clear(self) -> None:
         """Forget an earlier run of this name."""
-        for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "report.html"):
+        for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for folder in (self.model, self.checkpoints):
             if folder.is_dir() and not folder.is_symlink():
@@ -86,6 +88,14 @@ class RunFolder:
         """Append an event to the run's records."""
         records.write(self.metrics, event, **more)
 
+    def keep_confusion(
+        self, split: str, stage: str, step: int, labels: Sequence[str], counts: Sequence[Sequence[int]]
+    ) -> None:
+        """Keep how often each label (row) was taken for each (column) on a split, in place of what was kept of it."""
+        kept = json.loads(self.confusion.read_text(encoding="utf-8")) if self.confusion.exists() else {}
+        kept[split] = {"stage": stage, "step": step, "labels": list(labels), "counts": counts}
+        _write_json(self.confusion, kept)
+
     def save_model(self, learner: Learner) -> Path:
         """Save the model and what prepares its inputs, to be loaded by plain `from_pretrained`."""
         from engine.models import quietly
@@ -96,6 +106,7 @@ class RunFolder:
             with quietly():
                 learner.model.save_pretrained(staged, safe_serialization=True)
             learner.processor.save_pretrained(staged)
+            learner.task.accompany(staged)
             shutil.rmtree(self.model, ignore_errors=True)
             staged.rename(self.model)
         learner.accelerator.wait_for_everyone()

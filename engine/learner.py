@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from engine import adapters, freezing, models, optim
 from engine.batches import Batching, MicroBatch
 from engine.data import Encoded, Split, order
-from engine.errors import RunError
+from engine.errors import PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.prefix import Cache
 from engine.processes import agree
@@ -31,6 +32,7 @@ from engine.randomness import stable_seed
 from engine.recipe import Recipe
 from engine.shortcut import Shortcut, open_shortcut
 from engine.tasks import Facts
+from engine.tasks.base import SEED
 
 Batch = dict[str, Any]
 
@@ -64,7 +66,9 @@ class Learner:
         """Whether a signal has asked this process to stop after the step it is in."""
         self.stopping = False
         """Whether one has asked any process, so that all of them stop after the same step."""
-        self.smoother = _smoother(recipe.training.label_smoothing_factor)
+        self.confusion: list[list[int]] | None = None
+        """Of the last evaluation: how often each label (row) was taken for each (column)."""
+        self.smoother = _smoother(recipe)
 
     # From stage to stage
 
@@ -101,7 +105,15 @@ class Learner:
         judged = len(splits[1]) / len(splits[0]) * (stage.steps / every) if len(splits) > 1 else 0.0
         passes = stage.steps / stage.steps_per_epoch + judged
         with self.accelerator.autocast():
-            return open_shortcut(self.model, splits, self.collate, self.cache, passes, self._first_refusal)
+            return open_shortcut(
+                self.model,
+                splits,
+                lambda examples: self.task.inputs(self.collate(examples)),
+                None if self.task.draws else self.cache,
+                passes,
+                self._first_refusal,
+                "the examples are drawn anew in each epoch" if self.task.draws else "the recipe says `cache: off`",
+            )
 
     def _first_refusal(self, refusal: str) -> str:
         return next(filter(None, gather_object([refusal])), "")
@@ -206,18 +218,24 @@ class Learner:
         return self._collated(split, micro.indices)
 
     def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
-        batch = self.collate(split.examples(indices))
+        examples = split.examples(indices)
+        if self.task.draws and split is self.data.train:
+            for index, example in zip(split.rows(indices), examples, strict=True):
+                example[SEED] = stable_seed(self.recipe.seed, "draw", self.stage.name, self.epoch, index)
+        batch = self.collate(examples)
         return {
             key: value.to(self.accelerator.device) if hasattr(value, "to") else value for key, value in batch.items()
         }
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        outputs = model(**batch)
+        outputs = self.task.forward(model, batch)
         return self.smoother(outputs, batch["labels"]) if self.smoother else outputs.loss
 
     def _nothing(self, batch: Batch) -> torch.Tensor:
         """A loss of zero that still reaches every parameter, for a batch without live labels: their mean is 0 / 0."""
-        return self.wrapped(**batch).logits.float().sum() * 0.0
+        outputs = dict(self.task.forward(self.wrapped, batch))
+        leaves = tree_leaves({key: value for key, value in outputs.items() if key != "loss"})
+        return sum(leaf.float().sum() for leaf in leaves if leaf.requires_grad) * 0.0
 
     def _total(self, weight: int) -> tuple[int, bool]:
         """The weight of a step over all devices, and whether any of them has been told to stop: asked in one go."""
@@ -270,19 +288,17 @@ class Learner:
                 batch = self._collated(split, chunk)
                 if hasattr(self, "shortcut"):
                     self.shortcut.feed(split, chunk, batch)
-                outputs = self.wrapped_forward(batch)
+                outputs = self.bare_forward(batch)
                 weight = self.task.weight(batch)
                 sums[0] += float(outputs.loss) * weight if weight else 0.0
                 sums[1] += weight
-                rows += zip(
-                    chunk, self.task.predict(outputs).float().cpu().numpy(), batch["labels"].cpu().numpy(), strict=True
-                )
+                rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
         return self._scored(split, gather_object(rows), gather_object([tuple(sums)]))
 
-    def wrapped_forward(self, batch: Batch) -> Any:
+    def bare_forward(self, batch: Batch) -> Any:
         """A forward pass under the accelerator's precision, without DDP's hooks."""
         with self.accelerator.autocast():
-            return self.model(**batch)
+            return self.task.forward(self.model, batch)
 
     def _scored(
         self, split: Split, rows: Sequence[tuple[int, Any, Any]], sums: Sequence[tuple[float, int]]
@@ -292,8 +308,9 @@ class Learner:
             raise RunError(f"{len(rows)} answers came back for {len(split)} examples; an evaluation counts each once")
         weight = sum(part for _, part in sums)
         loss = sum(part for part, _ in sums) / weight if weight else math.nan
-        predictions, references = np.stack([row[1] for row in rows]), np.stack([row[2] for row in rows])
+        predictions, references = [row[1] for row in rows], [row[2] for row in rows]
         scores = self.task.score(predictions, references, self.metrics, self.facts)
+        self.confusion = self.task.confusion(predictions, references, self.facts)
         return {"loss": loss, **scores}
 
     @property
@@ -327,9 +344,12 @@ class Learner:
         return {**freezing.parameters(self.model), **buffers}
 
 
-def _smoother(factor: float) -> Any:
-    if not factor:
+def _smoother(recipe: Recipe) -> Any:
+    if not recipe.training.label_smoothing_factor:
         return None
+    if not recipe.task.smooths:
+        what = f"the loss of {recipe.task.type} has no classes to smooth"  # pyright: ignore
+        raise PlanError([Problem(("training", "label_smoothing_factor"), what, "leave the key out")])
     from transformers.trainer_pt_utils import LabelSmoother
 
-    return LabelSmoother(epsilon=factor)
+    return LabelSmoother(epsilon=recipe.training.label_smoothing_factor)

@@ -23,6 +23,8 @@ CLASSES = frozenset({SINGLE, MULTI})
 
 LOSS = "loss"
 """Always computed by whoever runs the model, so legal everywhere; lower is better."""
+LOWER_IS_BETTER = frozenset({LOSS, "perplexity", "wer", "cer"})
+"""Of what tasks compute themselves; of all else more is better."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def serving(problem: str) -> tuple[str, ...]:
 
 
 def greater_is_better(name: str) -> bool:
-    """Whether more of the metric is better; `loss` is lower-is-better. Raises `KeyError` for an unknown name."""
-    return name != LOSS and METRICS[name].greater_is_better
+    """Whether more of the metric is better; `loss` is lower-is-better."""
+    return METRICS[name].greater_is_better if name in METRICS else name not in LOWER_IS_BETTER
 
 
 def unserved(name: str, known: Sequence[str]) -> tuple[str, str] | None:
@@ -158,6 +160,18 @@ def compute(names: Sequence[str], problem: str, scores: Any, references: Any) ->
         warnings.simplefilter("ignore")
         found = {name: METRICS[name] for name in names}
         return {n: m.compute(scores if m.from_scores else decided, references) for n, m in found.items()}
+
+
+def confusion(problem: str, scores: Any, references: Any, labels: int) -> list[list[int]] | None:
+    """How often each label (row) was taken for each (column), where every example has one of `labels`; else None."""
+    import numpy as np
+
+    scores, references = np.asarray(scores), np.asarray(references)
+    if problem != SINGLE or scores.ndim != 2 or not np.isfinite(scores).all():
+        return None
+    counts = np.zeros((labels, labels), dtype=np.int64)
+    np.add.at(counts, (references.astype(np.int64), _decide(problem, scores)), 1)
+    return counts.tolist()
 
 
 def _decide(problem: str, scores: np.ndarray) -> np.ndarray:

@@ -136,7 +136,9 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
         text.pad_token_id, text.vocab_size = tokenizer.pad_token_id, max(text.vocab_size, len(tokenizer))
     kind = getattr(transformers, recipe.task.auto)
     with torch.device("meta"), _said_plainly(recipe.model), quietly():
-        return kind.from_config(settings, trust_remote_code=False)
+        model = kind.from_config(settings, trust_remote_code=False)
+    recipe.task.trim(model)
+    return model
 
 
 def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Loaded:
@@ -161,6 +163,7 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Load
             output_loading_info=True,
             **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
         )
+    recipe.task.trim(model)
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
     notes = [*padded, *_grown(model, tokenizer)]

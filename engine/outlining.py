@@ -112,6 +112,7 @@ def _samples(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield inputs
     if "input_ids" in inputs:
         yield {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        yield {name: value[:, None] for name, value in inputs.items()}  # several choices, of which this is one
 
 
 def sample(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ class Shortcut:
     def feed(self, split: Split, indices: Sequence[int], batch: Mapping[str, Any]) -> None:
         """Before a forward pass on the examples `indices` of a split, collated into `batch`."""
         if self.prefixes:
-            self.prefixes[split].feed(indices, batch)
+            self.prefixes[split].feed(split.rows(indices), batch)
 
 
 def open_shortcut(
@@ -57,17 +57,20 @@ def open_shortcut(
     cache: Cache | None,
     passes: float,
     agreed: Callable[[str], str],
+    off: str = "the recipe says `cache: off`",
 ) -> Shortcut:
-    """The shortcut of a stage whose flags are set; `cache` is None where the recipe wants none.
+    """The shortcut of a stage whose flags are set; `cache` is None where nothing may be kept, and `off` says why.
+
+    `collate` makes what the model itself takes. Rows that make up one example together are kept one by one.
 
     `passes` counts how often the stage goes over its training rows, evaluations included by their share of rows.
     `agreed` returns the first refusal of any process, given this one's: all of them replay, or none.
     """
-    found = find(model, _two_short(model, splits[0], collate))
+    found = find(model, _two_short(model, splits[0].single, collate))
     line = found if isinstance(found, Line) else None
-    if (reason := agreed(_unwanted(found, cache, passes))) or line is None or cache is None:
+    if (reason := agreed(off if cache is None else _unwanted(found, passes))) or line is None or cache is None:
         return Shortcut(model, line, said=f"computes in full: {reason}")
-    opened = {split: Prefix.open(line, split, collate, cache) for split in splits}
+    opened = {split: Prefix.open(line, split.single, collate, cache) for split in splits}
     prefixes = {split: prefix for split, prefix in opened.items() if isinstance(prefix, Prefix)}
     refused = [prefix.reason for prefix in opened.values() if isinstance(prefix, Refusal)]
     if reason := agreed(refused[0] if refused else _untrue(prefixes[splits[0]], cache.dtype)):
@@ -84,9 +87,7 @@ def _two_short(model: nn.Module, split: Split, collate: Callable[[Sequence[Any]]
     return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
-def _unwanted(found: Line | Refusal, cache: Cache | None, passes: float) -> str:
-    if cache is None:
-        return "the recipe says `cache: off`"
+def _unwanted(found: Line | Refusal, passes: float) -> str:
     if isinstance(found, Refusal):
         return found.reason
     return "" if passes > 1 else "one pass over the rows would not pay for keeping them"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 from engine import checkpoint, data, models
 from engine.batches import batching
@@ -18,6 +19,7 @@ from engine.durable import lock
 from engine.folder import RunFolder
 from engine.learner import Learner
 from engine.load import Loaded
+from engine.movement import Start
 from engine.outline import Outline
 from engine.plan import Plan
 from engine.position import Position, resume
@@ -45,8 +47,15 @@ def draft(loaded: Loaded, root: Path, examples: int | None = None) -> Draft:
     recipe = loaded.recipe
     rows = data.read(recipe, root) if examples is None else None
     bones = models.skeleton(recipe, rows.facts if rows else Facts(), root)
-    plan, outline = models.draft(recipe, bones, len(rows.train) if rows else examples or 0)
+    plan, outline = models.draft(recipe, bones, _examples(recipe, rows, bones, root) if rows else examples or 0)
     return Draft(plan, outline, rows)
+
+
+def _examples(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> int:
+    """Training examples: one a row, but where a task makes several of a long one, so that they have to be encoded."""
+    if not recipe.task.windowed:
+        return len(rows.train)
+    return len(data.encode(rows, recipe.task, models.processor(recipe, root, bones)).train)
 
 
 def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) -> Iterator[Event]:
@@ -63,7 +72,7 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
         learner, plan, notes = _ready(loaded, root, runs / ".cache", accelerator)
-        before = digests(learner.model)
+        before, start = digests(learner.model), Start(learner.model)
         position, skipped = _position(loaded, learner, plan, folder)
         started = Started(
             name, plan.fingerprint, accelerator.num_processes, str(accelerator.device), learner.batching.reason
@@ -71,7 +80,7 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
         said = (started, *map(Note, (*notes, *skipped)))
         yield from _recorded(said, accelerator, folder)
         held.enter_context(asked_to_stop(lambda: setattr(learner, "told_to_stop", True)))
-        yield from _recorded(Loop(learner, plan, folder, position, before).events(), accelerator, folder)
+        yield from _recorded(Loop(learner, plan, folder, position, before, start).events(), accelerator, folder)
         accelerator.end_training()
 
 
@@ -99,9 +108,9 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     bones = models.skeleton(recipe, rows.facts, root)
     processor = models.processor(recipe, root, bones)
     model = models.load(recipe, rows.facts, root, processor)
-    plan, _ = models.draft(recipe, bones, len(rows.train), model.random)
     with accelerator.main_process_first():
         encoded = data.encode(rows, recipe.task, processor)
+    plan, _ = models.draft(recipe, bones, len(encoded.train), model.random)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(
         recipe, model.model, processor, encoded, rows.facts, accelerator, spread, _cache(recipe, cache, accelerator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import metrics
@@ -21,7 +22,9 @@ Example = dict[str, Any]
 """One example as the model takes it, unpadded, labels included."""
 
 TRUNCATED = "truncated"
-"""The one column of encoded rows that is no input: whether a row lost its end. It is counted and dropped."""
+"""A column of encoded rows that is no input: whether a row lost its end. It is counted and dropped."""
+SEED = "seed"
+"""Added to an example that is trained on where a task draws at random: all that its draws may follow from."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Facts:
     """Further fields of the model's config that follow from the data."""
     notes: tuple[str, ...] = ()
     """Sentences worth printing: what was found out rather than told."""
+    members: int = 1
+    """Encoded rows that make one example together, one after the other: the choices of a question, the texts of a
+    pair. Each of them goes through the model by itself; an example is never torn apart."""
 
 
 class Task(Part, ABC):
@@ -79,6 +85,12 @@ class Task(Part, ABC):
     """The column to be predicted, where it is one; the others are what it is predicted from."""
     encoded_once: ClassVar[bool] = True
     """Whether rows are encoded once and kept; not where inputs are far larger than rows (images, sound)."""
+    windowed: ClassVar[bool] = False
+    """Whether a long row becomes several examples, so that examples can only be counted once they are encoded."""
+    smooths: ClassVar[bool] = True
+    """Whether `label_smoothing_factor` means something: the loss compares `logits` with `labels`, class by class."""
+    own_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics that `score` computes itself, the one that decides first; empty where `engine.metrics` serves."""
 
     @abstractmethod
     def facts(self, tables: Mapping[str, Table]) -> Facts:
@@ -88,11 +100,21 @@ class Task(Part, ABC):
         checked, every row. Raises `PlanError` where rows are missing something or contradict themselves.
         """
 
+    @property
+    def draws(self) -> bool:
+        """Whether `collate` draws at random for examples that are trained on (masks, augmentation).
+
+        It draws from an example's `SEED` alone, and nothing but what follows from the example where there is none.
+        Nothing that was drawn is ever kept in a cache.
+        """
+        return False
+
     @abstractmethod
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
         """A batch of rows (columns of equal length) as the model's inputs, `labels` included, unpadded.
 
-        A pure function of its arguments. It may add the column `TRUNCATED`.
+        A pure function of its arguments. It may add the column `TRUNCATED`, and columns that `collate` drops or that
+        only `answers` reads. Rows may be more than came in: `members` for each, or `windowed`.
         """
 
     @abstractmethod
@@ -100,21 +122,44 @@ class Task(Part, ABC):
         """The function that pads examples into one batch of tensors, batch first."""
 
     @abstractmethod
-    def score(self, predictions: Any, references: Any, names: Sequence[str], facts: Facts) -> dict[str, float]:
-        """The named metrics of predictions against references, numpy arrays both, ordered by example."""
+    def score(
+        self, predictions: Sequence[Any], references: Sequence[Any], names: Sequence[str], facts: Facts
+    ) -> dict[str, float]:
+        """The named metrics of what `answers` gave for every example of a split, in the split's order."""
+
+    def trim(self, model: Any) -> None:
+        """Take off what the task has no use for, of a real model as of its skeleton; by default nothing."""
+
+    def accompany(self, folder: Path) -> None:
+        """Write beside a saved model what others need to use it as it was trained; by default nothing."""
+
+    def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a batch the model itself takes."""
+        return batch
+
+    def forward(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        """One forward pass: outputs whose `loss` is a mean over the batch's `weight` units."""
+        return model(**self.inputs(batch))
+
+    def confusion(self, predictions: Any, references: Any, facts: Facts) -> list[list[int]] | None:
+        """How often each label (row) was taken for each (column), or None where examples don't have one label each."""
+        return metrics.confusion(facts.problem, predictions, references, len(facts.labels))
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         """How many units the batch's mean loss is a mean over: examples here, live tokens in a language task."""
         return len(batch["labels"])
 
-    def predict(self, outputs: Any) -> Any:
-        """A model's outputs -> one prediction per example, as a tensor."""
-        return outputs.logits
+    def answers(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Predictions and references, one of each per example: small values on the CPU, of whatever kind and length.
+
+        They are kept for a whole split, so nothing as large as a vocabulary is handed on for every token.
+        """
+        return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
 
     def default_metrics(self, facts: Facts) -> tuple[str, ...]:
         """The metrics to compute where the recipe names none; the first decides what is best."""
-        return metrics.DEFAULTS[facts.problem]
+        return self.own_metrics or metrics.DEFAULTS[facts.problem]
 
     def known_metrics(self, facts: Facts) -> tuple[str, ...]:
         """Every metric the task can compute on these data."""
-        return metrics.serving(facts.problem)
+        return self.own_metrics or metrics.serving(facts.problem)

@@ -61,7 +61,9 @@ class TextClassification(Task):
         eights = torch.accelerator.is_available() and (self._limit(processor) or 8) % 8 == 0
         return DataCollatorWithPadding(processor, pad_to_multiple_of=8 if eights else None)
 
-    def score(self, predictions: Any, references: Any, names: Sequence[str], facts: Facts) -> dict[str, float]:
+    def score(
+        self, predictions: Sequence[Any], references: Sequence[Any], names: Sequence[str], facts: Facts
+    ) -> dict[str, float]:
         return metrics.compute(names, facts.problem, predictions, references)
 
     def _limit(self, processor: Any) -> int | None:
