@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from engine.freezing import eval_mode, parameters
-from engine.replay import Line, Stub, Tap
+from engine.replay import Line, Stub, Tap, Turns
 from engine.tracing import Call, Reach, Trace, loss_of, reach, trace
 
 CHEAP = 0.02
@@ -117,10 +117,17 @@ class _Search:
 
     @cached_property
     def candidates(self) -> list[Call]:
-        """Calls whose output could be kept, the latest first; of several that hand on one tensor, the outermost."""
-        latest = sorted(filter(self._could_be_kept, self.trace.calls), key=lambda call: -call.end)
-        nodes: set[Node | None] = set()
-        return [call for call in latest if call.node not in nodes and not nodes.add(call.node)]
+        """Calls whose output could be kept, the latest first, one for each tensor that is handed on.
+
+        Of several, the outermost: it stands in for most. A container whose output is a mapping hands on more than one
+        tensor, so it comes into question only where nothing inside does, and then the innermost.
+        """
+        alike: dict[Node | None, list[Call]] = {}
+        for call in filter(self._could_be_kept, self.trace.calls):
+            alike.setdefault(call.node, []).append(call)
+        plain = {node: [c for c in calls if not isinstance(c.output, Mapping)] for node, calls in alike.items()}
+        chosen = [plain[node][-1] if plain[node] else calls[0] for node, calls in alike.items()]
+        return sorted(chosen, key=lambda call: -call.end)
 
     def _could_be_kept(self, call: Call) -> bool:
         tensor = call.tensor
@@ -195,10 +202,10 @@ class _Search:
         """The reason for the user why no cut was found."""
         call, name = self.first
         done = call.price_before / max(self.trace.top.price, 1)
-        for place, module in self.trace.model.named_modules():
-            twins = self.owned[module] & self.owned[self.trace.model.get_submodule(name)] & self.training.keys()
-            if place != name and twins:
-                return f"the trainable `{place}` is tied to `{name}`, so nothing below it is frozen"
+        weights = self.owned[self.trace.model.get_submodule(name)] & self.training.keys()
+        tied = [place for place, module in self.trace.model.named_modules() if self.owned[module] & weights]
+        if len(tied) > 1:
+            return f"the trainable `{tied[-1]}` is tied to `{tied[0]}`, so nothing below it is frozen"
         if turns := len(self.trace.turns_at(name)) - 1:
             return f"`{name}` trains and runs {turns + 1} times, the first time after {done:.0%} of the work"
         if done < DEEPER:
@@ -232,21 +239,35 @@ def _line(search: _Search, cuts: list[Call], saved: float) -> Line:
         taps=tuple(taps),
         live=tuple(sorted(names[leak] for leak in leaks)),
         saved=saved,
+        coarsest=_coarsest(search.trace),
         early=tuple(_early(search.trace, cuts[-1].end)),
         prefix=tuple(_prefix(search, cuts[-1].end)),
+        shared=_shared(search.trace, cuts[-1].end),
     )
     _StandIns(search, cuts, leaks, found, line).place(search.trace.top)
     return line
 
 
+def _coarsest(seen: Trace) -> torch.dtype:
+    """The coarsest type of any module's output: what autocast makes of the weights' own."""
+    types = {call.tensor.dtype for call in seen.calls if call.tensor is not None and call.tensor.is_floating_point()}
+    return max(types, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def _early(seen: Trace, end: int) -> list[nn.Module]:
-    """Modules that begin before the line; a childless one that also runs above it (a shared dropout) is left out."""
-    return [
-        module
+    """Modules that begin before the line, but for those that run on both sides of it."""
+    shared = _shared(seen, end)
+    return [m for m, turns in seen.turns.items() if m not in shared and min(call.start for call in turns) < end]
+
+
+def _shared(seen: Trace, end: int) -> dict[nn.Module, Turns]:
+    """Childless modules that run below the line and above it: how often they run below."""
+    below = {module: sum(call.end <= end for call in turns) for module, turns in seen.turns.items()}
+    return {
+        module: Turns(recomputed=below[module])
         for module, turns in seen.turns.items()
-        if min(call.start for call in turns) < end
-        and (all(call.end <= end for call in turns) or any(True for _ in module.children()))
-    ]
+        if 0 < below[module] < len(turns) and not any(True for _ in module.children())
+    }
 
 
 def _prefix(search: _Search, end: int) -> list[tuple[str, Tensor]]:
@@ -281,6 +302,8 @@ class _StandIns:
             self._inside(call)
 
     def _inside(self, call: Call) -> None:
+        if call.module in self.line.shared and call.end <= self.end:
+            self.line.shared[call.module].replayed += 1
         if call.start < self.end:
             for child in call.children:
                 self.place(child)
@@ -320,6 +343,8 @@ class _StandIns:
 def _tensors_only(output: Any) -> bool:
     if type(output) in (tuple, list):
         return all(map(_tensors_only, output))
+    if isinstance(output, Mapping):
+        return all(map(_tensors_only, output.values()))
     return output is None or isinstance(output, Tensor)
 
 

@@ -1,7 +1,7 @@
 """One split's frozen prefix: captured once, kept under the hash of all it depends on, fed before every forward pass.
 
-It joins a frost line to a store and decides nothing about training: whoever holds it asks `check` whether replay equals
-recomputation, and does without it where it doesn't. It never keeps what was drawn at random.
+It joins a frost line to a store and decides nothing about training. It is trusted only where a replay equals
+recomputation, and it never keeps what was drawn at random.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from math import ceil
 from pathlib import Path
@@ -34,8 +35,13 @@ SHARD = 2048
 MOST_SHARDS = 64
 UNRELATED = {"_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "architectures"}
 """Keys of a model's config that no activation depends on."""
-TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2, "int8": 3e-2}
-"""How far a kept row may be from one computed alone, relative to its largest value."""
+TOLERANCE = {
+    "float32": Difference(1e-5, 1e-5),
+    "float16": Difference(1e-4, 1e-2),
+    "bfloat16": Difference(1e-3, 5e-2),
+    "int8": Difference(1e-3, 1e-1),
+}
+"""How far a replay may be from recomputation, by the coarsest of what is computed and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Prefix:
                 raise
             return [Refusal(f"the cache in {cache.folder} can't be written: {reason(error)}")] * len(lines)
         parts = zip(lines, kept.surveys, stores, strict=True)
-        return [cls(line, source, collate, seen, each)._checked(cache.dtype) for line, seen, each in parts]
+        return [cls(line, source, collate, seen, each)._trusted() for line, seen, each in parts]
 
     @property
     def size(self) -> int:
@@ -119,29 +125,29 @@ class Prefix:
         place, shard = divmod(index, len(self.stores))
         return self.stores[shard].row(slot, place)
 
-    def check(self, indices: Sequence[int] | None = None) -> Difference:
-        """Loss and gradients of a replay against the full forward pass, on a few examples of different lengths."""
-        if indices is None:
-            order = capturing.by_length(self.source, range(len(self.source)))
-            indices = sorted({order[0], order[len(order) // 3], order[2 * len(order) // 3], order[-1]})
-        batch = capturing.on_device(self.collate(self.source.examples(indices)), self.line)
-        return verify(self.line.model, self.line, batch, self.tensors(indices, batch))
+    @cached_property
+    def difference(self) -> Difference:
+        """How far loss and gradients of a replay are from those of the full forward pass, the lengths being mixed."""
+        order = capturing.by_length(self.source, range(len(self.source)))
+        some = sorted({order[0], order[len(order) // 3], order[2 * len(order) // 3], order[-1]})
+        batch = capturing.on_device(self.collate(self.source.examples(some)), self.line)
+        return verify(self.line.model, self.line, batch, self.tensors(some, batch))
 
-    def _checked(self, dtype: Dtype) -> Prefix | Refusal:
-        """Itself, if what is kept of the shortest and the longest example is what the model computes of them alone."""
-        for slot, rows in enumerate(self.survey.rows):
-            for index, alone in zip(self.survey.examples, rows, strict=True):
-                kept = self._row(slot, index).float()
-                alone = alone[: len(kept)].float()
-                if kept.shape != alone.shape or not _near(kept, alone, TOLERANCE[dtype]):
-                    name = self.line.taps[slot].name
-                    return Refusal(f"`{name}` doesn't compute of an example alone what it computes of it in a batch")
-        return self
+    @property
+    def tolerance(self) -> Difference:
+        """How large the difference may be."""
+        names = {str(self.line.coarsest).removeprefix("torch."), *(store.dtype for store in self.stores)}
+        return max((TOLERANCE[name] for name in names if name in TOLERANCE), key=lambda each: each.gradient)
 
-
-def _near(kept: Tensor, alone: Tensor, tolerance: float) -> bool:
-    largest = float(alone.abs().max()) if alone.numel() else 0.0
-    return not alone.numel() or float((kept - alone).abs().max()) <= tolerance * max(largest, 1e-6)
+    def _trusted(self) -> Prefix | Refusal:
+        """Itself, if a replay is as good as recomputation."""
+        found, most = self.difference, self.tolerance
+        if found.loss <= most.loss and found.gradient <= most.gradient:
+            return self
+        return Refusal(
+            f"a replay is off by {found.loss:.0e} of the loss and {found.gradient:.0e} of the largest gradient: "
+            "the model looks at padding or the examples of a batch look at each other"
+        )
 
 
 class _Keeping:
@@ -227,13 +233,19 @@ def content(line: Line, fingerprint: str, batch: Mapping[str, Any]) -> str:
     facts = [
         [VERSION, torch.__version__, transformers.__version__],
         [type(model).__name__, next(model.parameters()).device.type, getattr(config, "_attn_implementation", "")],
-        [line.cuts, line.rows, [str(tap.dtype) for tap in line.taps], fingerprint],
+        [line.cuts, line.rows, [str(tap.dtype) for tap in line.taps], str(line.coarsest), fingerprint],
         [settings, {name: str(adapter) for name, adapter in getattr(model, "peft_config", {}).items()}],
     ]
+    facts.append([_adapter(module) for module in line.early if hasattr(module, "scaling")])
     digest = blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
     _add(digest, line.prefix)
     _add(digest, ((key, value) for key, value in batch.items() if isinstance(value, Tensor)))
     return digest.hexdigest()
+
+
+def _adapter(module: Any) -> str:
+    """What an adapter layer does beside its weights."""
+    return repr((module.scaling, getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)))
 
 
 def _add(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,6 +6,7 @@ compute nothing. A line never changes a weight, never writes to disk, and never 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from engine import freezing
 from engine.errors import RunError
-from engine.tracing import Call, arguments, handed_on
+from engine.tracing import Call, arguments, handed_on, without_cache
 
 NEW = object()
 """Source of a stub's output that no argument has the shape of: zeros, of a shape that is worked out."""
@@ -56,10 +57,11 @@ def capture(model: nn.Module, taps: Sequence[Tap], batch: Mapping[str, Any]) -> 
 
         return hook
 
-    hooks = [tap.module.register_forward_hook(taking(place, tap.row)) for place, tap in enumerate(taps)]
+    # first of all hooks: what the forward itself returns is what a stub will return, before other hooks see it
+    hooks = [tap.module.register_forward_hook(taking(place, tap.row), prepend=True) for place, tap in enumerate(taps)]
     try:
         with freezing.eval_mode(model):
-            model(**batch)
+            model(**without_cache(model, batch))
     except _Enough:
         return [taken[place] for place in range(len(taps))]
     finally:
@@ -152,7 +154,7 @@ def _zeros(shape: _Shape) -> Tensor:
 
 def _without_work(forward: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
     """The shapes of a forward's output, from tensors that have a shape and nothing else."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
         leaves = tree_leaves(forward(*args, **kwargs))
     return [_Shape(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -178,6 +180,14 @@ def fit(tensor: Tensor, shape: Sequence[int], name: str) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(padding)], axis)
 
 
+@dataclass
+class Turns:
+    """How often a module runs below the line in one forward pass."""
+
+    recomputed: int
+    replayed: int = 0
+
+
 @dataclass(eq=False)
 class Line:
     """A frost line: below it everything is frozen and known, above it everything is computed."""
@@ -188,6 +198,8 @@ class Line:
     """Parameters below the line that the loss also reads around it; their modules run every time, being cheap."""
     saved: float
     """Share of a forward pass's FLOPs that lies below the line."""
+    coarsest: torch.dtype
+    """The coarsest type that anything is computed in."""
     early: tuple[nn.Module, ...]
     """Modules that begin before the line is crossed, containers included: they stay in eval mode."""
     prefix: tuple[tuple[str, Tensor], ...]
@@ -195,8 +207,11 @@ class Line:
     stubs: dict[nn.Module, Stub] = field(default_factory=dict)
     overrides: dict[nn.Module, int] = field(default_factory=dict)
     """Modules at the line that run every time, because something live is in them; only their output is replaced."""
+    shared: dict[nn.Module, Turns] = field(default_factory=dict)
+    """Modules that run on both sides of the line, such as the one dropout of a T5 stack."""
     _fed: list[Tensor] | None = None
     _fresh: bool = False
+    _turns: dict[nn.Module, int] = field(default_factory=dict)
     _replaying: bool = False
     _checkpointing: bool = False
 
@@ -237,23 +252,56 @@ class Line:
         """Inside, `model(**batch)` costs what lies above the line; `feed` comes before every forward pass."""
         if self._replaying:
             raise RunError("this frost line is being replayed already")
-        before = {module: module.__dict__.get("forward") for module in self.stubs}
-        hooks = [self.model.register_forward_pre_hook(self._admit, with_kwargs=True)]
-        hooks += [module.register_forward_hook(self._override(slot)) for module, slot in self.overrides.items()]
-        for module, stub in self.stubs.items():
-            module.__dict__["forward"] = stub
+        forwards: dict[nn.Module, Callable[..., Any]] = dict(self.stubs)
+        forwards |= {module: self._overridden(module, slot) for module, slot in self.overrides.items()}
+        forwards |= {module: self._turning(module, turns.replayed) for module, turns in self.shared.items()}
         self._replaying = True
         self._checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         try:
-            yield self
+            with self._standing_in(forwards, self._admit):
+                yield self
         finally:
             self._replaying, self._fresh, self._fed = False, False, None
-            for hook in hooks:
-                hook.remove()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[Line]:
+        """Inside, `model(**batch)` computes everything, and draws at random exactly what a replay draws."""
+        forwards = {module: self._turning(module, turns.recomputed) for module, turns in self.shared.items()}
+        with self._standing_in(forwards, self._begin):
+            yield self
+
+    @contextmanager
+    def _standing_in(
+        self, forwards: Mapping[nn.Module, Callable[..., Any]], first: Callable[..., Any]
+    ) -> Iterator[None]:
+        """Other forwards for some modules, and something to call first in each forward pass of the model."""
+        before = {module: module.__dict__.get("forward") for module in forwards}
+        hook = self.model.register_forward_pre_hook(first, with_kwargs=True)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            hook.remove()
             for module, forward in before.items():
                 module.__dict__.pop("forward")
                 if forward is not None:
                     module.__dict__["forward"] = forward
+
+    def _turning(self, module: nn.Module, below: int) -> Callable[..., Any]:
+        """The module's forward, in eval mode the first `below` times of a forward pass: then it is below the line."""
+        forward = module.forward
+
+        def turn(*args: Any, **kwargs: Any) -> Any:
+            self._turns[module] = self._turns.get(module, 0) + 1
+            mode = module.training
+            module.training = mode and self._turns[module] > below
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                module.training = mode
+
+        return turn
 
     def stored(self, slot: int, shape: torch.Size) -> Tensor:
         """What was fed for a cut, in the shape this forward pass needs."""
@@ -266,16 +314,18 @@ class Line:
             return freezing.differentiable(tensor.detach())
         return tensor
 
-    def _override(self, slot: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return self.stored(slot, output.shape)
-            return type(output)([self.stored(slot, output[0].shape), *output[1:]])
+    def _overridden(self, module: nn.Module, slot: int) -> Callable[..., Any]:
+        """The module's forward with the stored tensor in its output; a hook might come after others that look at it."""
+        forward = module.forward
 
-        return hook
+        def override(*args: Any, **kwargs: Any) -> Any:
+            leaves, spec = tree_flatten(forward(*args, **kwargs))
+            return tree_unflatten([self.stored(slot, leaves[0].shape), *leaves[1:]], spec)
 
-    def _admit(self, _model: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Before each forward pass: refuse what a replay can't answer."""
+        return override
+
+    def _admit(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before each replay: refuse what it can't answer."""
         if refused := next((key for key in UNANSWERABLE if kwargs.get(key)), None):
             raise RunError(f"`{refused}` asks for what lies below the frost line; call the model outside `replaying()`")
         if kwargs.get("past_key_values") is not None:
@@ -283,6 +333,12 @@ class Line:
         if not self._fresh:
             raise RunError("the frost line was fed nothing for this forward pass; call `feed` before each one")
         self._fresh = False
+        return self._begin(model, args, kwargs)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before each forward pass: everybody's first turn, and no keys and values."""
+        self._turns.clear()
+        return args, without_cache(model, kwargs)
 
 
 UNANSWERABLE = ("output_hidden_states", "output_attentions", "output_router_logits")

@@ -116,8 +116,7 @@ class Writer:
         own(folder)
         self.folder, self.name, self.cuts, self.count, self.dtype = folder, name, tuple(cuts), count, dtype
         self.staging = durable.stage(folder)
-        self.claim = os.open(self.staging / CLAIM, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self.claim, fcntl.LOCK_EX)
+        self.claim = _claimed(self.staging)
         self.columns = [_Column(self.staging, place, count, dtype) for place in range(len(self.cuts))]
 
     def __enter__(self) -> Self:
@@ -239,6 +238,15 @@ def own(folder: Path) -> None:
         sentence = f"{folder}: the cache can't be made ({durable.reason(error)}); give another folder"
         raise RunError(sentence, ENVIRONMENT) from error
     _sweep(folder)
+
+
+def _claimed(staging: Path) -> int:
+    """Claim a folder for as long as the file that is returned stays open; nobody sees the claim before it is held."""
+    unseen = staging / f"new-{CLAIM}"
+    claim = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(claim, fcntl.LOCK_EX)
+    os.rename(unseen, staging / CLAIM)
+    return claim
 
 
 def _sweep(folder: Path) -> None:

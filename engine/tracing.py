@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from itertools import count
 from typing import Any
 
@@ -71,7 +72,7 @@ class Call:
 
     @property
     def tensor(self) -> Tensor | None:
-        """The one tensor it hands on: its output, or the first item of a plain tuple or list."""
+        """The one tensor it hands on."""
         return handed_on(self.output)
 
     @property
@@ -92,10 +93,18 @@ def arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def handed_on(output: Any) -> Tensor | None:
-    """The tensor a module's output stands for: itself, or the first item of a plain tuple or list."""
+    """The tensor a module's output stands for: itself, or the first item of a plain tuple, list or model output."""
     if type(output) in (tuple, list) and output:
         output = output[0]
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()), None)
     return output if isinstance(output, Tensor) else None
+
+
+def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, and the request for no keys and values: training needs none, and a trace would fill them twice."""
+    takes = "use_cache" in signature(model.forward).parameters
+    return {**batch, "use_cache": False} if takes else dict(batch)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -200,7 +209,7 @@ def _recording(model: nn.Module) -> Iterator[_Recorder]:
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(recorder.begins(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(recorder.ends, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.ends, with_kwargs=True, prepend=True))
     try:
         with recorder.flops:
             yield recorder
@@ -218,5 +227,5 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     with freezing.eval_mode(model), torch.enable_grad(), freezing.all_trainable(model, tensors):
         with _recording(model) as recorder:
-            output = model(**batch)
+            output = model(**without_cache(model, batch))
         return Trace(model, recorder.calls, loss_of(output), tensors[0].shape[0])
