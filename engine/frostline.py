@@ -363,7 +363,7 @@ def verify(model: nn.Module, line: Line, batch: Mapping[str, Any], tensors: Sequ
 def _loss_and_gradients(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with eval_mode(model), torch.enable_grad():
-        loss = loss_of(model(**batch))
+        loss = loss_of(model(**batch), batch.get("attention_mask"))
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
 

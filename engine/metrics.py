@@ -166,8 +166,10 @@ def confusion(problem: str, scores: Any, references: Any, labels: int) -> list[l
     """How often each label (row) was taken for each (column), where every example has one of `labels`; else None."""
     import numpy as np
 
+    if problem != SINGLE:
+        return None
     scores, references = np.asarray(scores), np.asarray(references)
-    if problem != SINGLE or scores.ndim != 2 or not np.isfinite(scores).all():
+    if scores.ndim != 2 or not np.isfinite(scores).all():
         return None
     counts = np.zeros((labels, labels), dtype=np.int64)
     np.add.at(counts, (references.astype(np.int64), _decide(problem, scores)), 1)

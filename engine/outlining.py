@@ -128,9 +128,9 @@ def sample(model: nn.Module) -> dict[str, torch.Tensor]:
     if name == "input_values":
         return {name: torch.zeros(1, 16_000, device=device)}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    tokens = torch.zeros(
-        1, min(TOKENS, getattr(text, "max_position_embeddings", TOKENS) - 2), dtype=torch.long, device=device
-    )
+    # XLNet says -1 for no limit; RoBERTa's first two positions are none.
+    positions = (getattr(text, "max_position_embeddings", None) or 0) - 2
+    tokens = torch.zeros(1, min(TOKENS, positions) if positions > 0 else TOKENS, dtype=torch.long, device=device)
     batch = {"input_ids": tokens}
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = tokens
@@ -162,6 +162,9 @@ def _head(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[str]:
     """What a task adds: everything outside the base model, and a pooler on top of its blocks."""
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
+    if base is None and type(model).__name__.endswith("Model"):  # a base model by itself, such as a `BertModel`
+        yield from (name for name, child in model.named_children() if name == "pooler" and [*child.parameters()])
+        return
     for name, child in model.named_children():
         if child is _entrance(model):
             continue

@@ -107,14 +107,19 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, "use_cache": False} if takes else dict(batch)
 
 
-def loss_of(output: Any) -> Tensor:
-    """What training descends: the model's loss, else the mean square of its first differentiable output."""
+def loss_of(output: Any, mask: Tensor | None = None) -> Tensor:
+    """What training descends: the model's loss, else the mean square of its first differentiable output.
+
+    Where that output has something for every token, what stands on padding by the attention mask is left out.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is not None:
         return loss
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None)
-    return first.float().square().mean()
+    squares = first.float().square()
+    padded = mask is not None and squares.shape[: mask.dim()] == mask.shape
+    return (squares[mask.bool()] if padded else squares).mean()
 
 
 @dataclass(eq=False)
@@ -228,4 +233,4 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     with freezing.eval_mode(model), torch.enable_grad(), freezing.all_trainable(model, tensors):
         with _recording(model) as recorder:
             output = model(**without_cache(model, batch))
-        return Trace(model, recorder.calls, loss_of(output), tensors[0].shape[0])
+        return Trace(model, recorder.calls, loss_of(output, batch.get("attention_mask")), tensors[0].shape[0])

@@ -41,11 +41,11 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def bert(num_labels: int = 2, seed: int = 0, **config: Any) -> nn.Module:
-    """A BERT of 4 blocks of 16 with a classification head."""
+def bert(num_labels: int = 2, seed: int = 0, kind: str = "BertForSequenceClassification", **config: Any) -> nn.Module:
+    """A BERT of 4 blocks of 16 with a classification head, or with what the class `kind` has on top."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": BLOCKS}
     sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "num_labels": num_labels}
-    return _seeded(seed, transformers.BertForSequenceClassification, transformers.BertConfig(**(sizes | config)))
+    return _seeded(seed, getattr(transformers, kind), transformers.BertConfig(**(sizes | config)))
 
 
 def gpt2(seed: int = 0, **config: Any) -> nn.Module:

@@ -1,8 +1,13 @@
 """The tasks, by the Hub's pipeline tags. A new one is a file here and a word in `TASKS`."""
 
 from engine.tasks.base import Example, Facts, Table, Task
+from engine.tasks.fill_mask import FillMask
+from engine.tasks.multiple_choice import MultipleChoice
+from engine.tasks.question_answering import QuestionAnswering
+from engine.tasks.sentence_similarity import SentenceSimilarity
 from engine.tasks.text_classification import TextClassification
+from engine.tasks.token_classification import TokenClassification
 
-TASKS = (TextClassification,)
+TASKS = (TextClassification, TokenClassification, QuestionAnswering, MultipleChoice, FillMask, SentenceSimilarity)
 
 __all__ = ["TASKS", "Example", "Facts", "Table", "Task"]

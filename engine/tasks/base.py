@@ -89,6 +89,10 @@ class Task(Part, ABC):
     """Whether a long row becomes several examples, so that examples can only be counted once they are encoded."""
     smooths: ClassVar[bool] = True
     """Whether `label_smoothing_factor` means something: the loss compares `logits` with `labels`, class by class."""
+    shifts: ClassVar[bool] = False
+    """Whether `logits` at one token are about the label of the next."""
+    writes: ClassVar[bool] = False
+    """Whether the metrics judge what the model writes by itself, so that `write` gives an evaluation's answers."""
     own_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that `score` computes itself, the one that decides first; empty where `engine.metrics` serves."""
 
@@ -128,7 +132,10 @@ class Task(Part, ABC):
         """The named metrics of what `answers` gave for every example of a split, in the split's order."""
 
     def trim(self, model: Any) -> None:
-        """Take off what the task has no use for, of a real model as of its skeleton; by default nothing."""
+        """Take off what the task has no use for, of a real model as of its skeleton; by default nothing.
+
+        Raises `PlanError` where the task can't be had with this model.
+        """
 
     def accompany(self, folder: Path) -> None:
         """Write beside a saved model what others need to use it as it was trained; by default nothing."""
@@ -155,6 +162,10 @@ class Task(Part, ABC):
         They are kept for a whole split, so nothing as large as a vocabulary is handed on for every token.
         """
         return outputs.logits.float().cpu().numpy(), batch["labels"].cpu().numpy()
+
+    def write(self, model: Any, batch: Mapping[str, Any], processor: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        """What the model writes by itself for a batch, and what it should: `answers` of a task that `writes`."""
+        raise NotImplementedError
 
     def default_metrics(self, facts: Facts) -> tuple[str, ...]:
         """The metrics to compute where the recipe names none; the first decides what is best."""

@@ -29,6 +29,38 @@ def bad_rows(table: Table, column: str, mask: pyarrow.ChunkedArray, what: str, a
     return Problem(("data", "columns", column), f"{table.row(first)}: {what}{more}", advice)
 
 
+def bad_items(table: Table, column: str, mask: pyarrow.ChunkedArray, what: str, advice: str = "") -> Problem | None:
+    """`bad_rows` for a mask over the items of a column of lists."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lists = table.columns[column].combine_chunks()  # parents are counted per chunk
+    rows = np.zeros(len(lists), dtype=bool)
+    rows[pc.list_parent_indices(lists).to_numpy()[mask.to_numpy()]] = True
+    return bad_rows(table, column, pa.chunked_array([rows]), what, advice)
+
+
+def not_lists(table: Table, column: str, of: str = "") -> Problem | None:
+    """The problem of a column that isn't a list in every row; of text, where `of` calls its items so."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if problem := wrong_kind(table, column, list, "a list") or missing(table, column):
+        return problem
+    lists = table.columns[column]
+    kind = lists.type
+    text = pa.types.is_list(kind) and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type))
+    if not pa.types.is_list(kind) or (of and not text):
+        wanted = f"lists of {of}" if of else "lists"
+        return Problem(("data", "columns", column), f"{table.name}: `{column}` holds {kind} values, not {wanted}")
+    empty = pc.equal(pc.list_value_length(lists), 0)
+    if problem := bad_rows(table, column, empty, f"`{column}` is empty", "fill it in or leave the row out"):
+        return problem
+    gaps = pc.is_null(pc.list_flatten(lists), nan_is_null=True)
+    return bad_items(table, column, gaps, f"an item of `{column}` has no value", "fill it in or leave the row out")
+
+
 def missing(table: Table, column: str) -> Problem | None:
     """The problem of a column that lacks a value somewhere: null, None or NaN."""
     import pyarrow.compute as pc

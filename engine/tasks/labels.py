@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import PlanError, Problem
 from engine.metrics import MULTI, REGRESSION, SINGLE
 from engine.tasks.base import Facts, Table
-from engine.tasks.columns import bad_rows, missing, stop_at, wrong_kind
+from engine.tasks.columns import bad_items, bad_rows, missing, stop_at, wrong_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -217,7 +217,7 @@ def _sets(tables: Mapping[str, Table]) -> Facts:
     if pa.types.is_floating(items["train"].type):
         raise _contradiction(MULTI, train, "lists of numbers that are not vectors of 0 and 1")
     names = {split: values.cast(pa.string()) for split, values in items.items()}
-    labels, form = _declared_or_found(declared, pc.unique(names["train"]).to_pylist(), items["train"].type)
+    labels, form = declared_or_found(declared, pc.unique(names["train"]).to_pylist(), items["train"].type)
     known = [str(index) for index in range(len(labels))] if form == "ids" else labels
     stop_at(_unseen_items(tables[split], values, known) for split, values in names.items())
     found = names["train"].to_pylist()
@@ -244,15 +244,7 @@ def _items(table: Table) -> pa.ChunkedArray:
 
 
 def _bad_items(table: Table, mask: pa.ChunkedArray, what: str, advice: str) -> Problem | None:
-    """`bad_rows` for a mask over the items of a column of lists."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    lists = table.columns[LABEL].combine_chunks()  # parents are counted per chunk
-    rows = np.zeros(len(lists), dtype=bool)
-    rows[pc.list_parent_indices(lists).to_numpy()[mask.to_numpy()]] = True
-    return bad_rows(table, LABEL, pa.chunked_array([rows]), what, advice)
+    return bad_items(table, LABEL, mask, what, advice)
 
 
 def _vector_width(tables: Mapping[str, Table], items: Mapping[str, pa.ChunkedArray]) -> int:
@@ -302,7 +294,8 @@ def _vectors(train: Table, items: pa.ChunkedArray, width: int) -> Facts:
     return Facts(labels, MULTI, "vectors", {"num_labels": width}, notes)
 
 
-def _declared_or_found(declared: Any, names: Sequence[str], kind: pa.DataType) -> tuple[tuple[str, ...], str]:
+def declared_or_found(declared: Any, names: Sequence[str], kind: pa.DataType) -> tuple[tuple[str, ...], str]:
+    """The labels in the order of their ids, and how they are written: as a `ClassLabel` declares them, or as found."""
     import pyarrow as pa
 
     if declared:

@@ -1,0 +1,183 @@
+"""Text generation: a language model goes on with plain texts, completes prompts, or answers in chats.
+
+What it learns to write has labels and all else has none: of a prompt and its completion the completion, of a chat what
+the assistant wrote. The mean loss is one over tokens, never one over examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import exp
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from engine.errors import PlanError, Problem
+from engine.tasks import chats, packing, texts
+from engine.tasks.base import TRUNCATED, Example, Facts, Table, Task
+from engine.tasks.columns import not_text, stop_at
+from engine.tasks.packing import Piece
+from engine.tasks.texts import IGNORED
+
+DEFAULT_LENGTH = 1024
+CHAT, COMPLETION, TEXT = "chat", "completion", "text"
+COLUMNS = {CHAT: ("messages",), COMPLETION: ("prompt", "completion"), TEXT: ("text",)}
+"""How rows can be written, and by which columns each is known; the first whose columns are all there is taken."""
+
+
+class TextGeneration(Task):
+    """The next token, and the next: of plain texts, of completions to prompts, or of the assistant's turns in chats."""
+
+    auto = "AutoModelForCausalLM"
+    columns = {
+        "messages": ("messages", "conversations", "conversation"),
+        "prompt": ("prompt", "instruction", "question", "input"),
+        "completion": ("completion", "response", "output", "answer"),
+        "text": ("text", "content", "document"),
+    }
+    optional = frozenset(columns)
+    target = "completion"
+    new_head = False
+    windowed = True
+    shifts = True
+    own_metrics = ("perplexity", "token_accuracy")
+
+    type: Literal["text-generation"]
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of an example; 1,024 or the model's own limit, whichever is less, if left out. Plain texts go on in the
+    next example, all else is cut."""
+    packing: bool = False
+    """Whether short texts share an example, without seeing each other, so that little is padding."""
+
+    def facts(self, tables: Mapping[str, Table]) -> Facts:
+        there = tables["train"].columns
+        form = next((form for form, names in COLUMNS.items() if all(name in there for name in names)), None)
+        if form is None:
+            what = f"there is neither `text`, nor `prompt` and `completion`, nor `messages` among {', '.join(there)}"
+            raise PlanError([Problem(("data", "columns"), what, "write `columns: {text: ...}` or the like")])
+        for table in tables.values():
+            stop_at([chats.bad_chats(table)] if form == CHAT else [not_text(table, name) for name in COLUMNS[form]])
+        rest = [f"`{name}`" for name in there if name not in COLUMNS[form]]
+        taken = " and ".join(f"`{name}`" for name in COLUMNS[form])
+        return Facts(form=form, notes=(f"trains on {taken}, not on {', '.join(rest)}",) if rest else ())
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
+        most = self._most(processor)
+        pieces, lost = {CHAT: _chats, COMPLETION: _completions, TEXT: _texts}[facts.form](rows, processor, most)
+        if not self.packing:
+            ids, labels = zip(*pieces, strict=True)
+            return {"input_ids": list(ids), "labels": list(labels), TRUNCATED: lost}
+        groups = packing.pack([len(ids) for ids, _ in pieces], most)
+        packed = [packing.joined([pieces[at] for at in group]) for group in groups]
+        columns = {name: [example[name] for example in packed] for name in packed[0]}
+        return {**columns, TRUNCATED: [any(lost[at] for at in group) for group in groups]}
+
+    def collate(self, processor: Any) -> Callable[[Sequence[Example]], Mapping[str, Any]]:
+        import torch
+
+        eights = texts.multiple(processor, self._most(processor)) or 1
+        padding = {"input_ids": processor.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+
+        def batch(examples: Sequence[Example]) -> Mapping[str, Any]:
+            width = -(-max(len(example["input_ids"]) for example in examples) // eights) * eights
+            rows: dict[str, list[list[int]]] = {}
+            for example in examples:
+                short = width - len(example["input_ids"])
+                packed = "position_ids" in example
+                mask = {} if packed else {"attention_mask": [1] * len(example["input_ids"])}
+                for name, values in {**example, **mask}.items():
+                    # what pads a packed example is a text of its own, which nothing else sees
+                    more = range(short) if name == "position_ids" else [padding[name]] * short
+                    rows.setdefault(name, []).append([*values, *more])
+            return {name: torch.tensor(values) for name, values in rows.items()}
+
+        return batch
+
+    def trim(self, model: Any) -> None:
+        if self.packing:
+            packing.refuse_leaks(model)
+
+    def forward(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        return model(**self.inputs(batch), use_cache=False)
+
+    def weight(self, batch: Mapping[str, Any]) -> int:
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def answers(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Per example (surprise in nats, tokens guessed right) over its live tokens, and how many those are."""
+        from torch.nn.functional import cross_entropy
+
+        found, counts = [], []
+        for scores, labels in zip(outputs.logits[:, :-1], batch["labels"][:, 1:], strict=True):
+            # one example at a time and live tokens alone: in float32, a batch of logits would need twice its memory
+            scores, labels = scores[labels != IGNORED].float(), labels[labels != IGNORED]
+            surprise = float(cross_entropy(scores, labels, reduction="sum")) if len(labels) else 0.0
+            found.append((surprise, int((scores.argmax(-1) == labels).sum())))
+            counts.append(len(labels))
+        return found, counts
+
+    def score(
+        self, predictions: Sequence[Any], references: Sequence[Any], names: Sequence[str], facts: Facts
+    ) -> dict[str, float]:
+        live = sum(references)
+        surprise, hits = (float(sum(each)) for each in zip(*predictions, strict=True))
+        if not live or not surprise / live < 700:  # the exponential of more is beyond a float
+            return dict.fromkeys(names, float("nan"))
+        found = {"perplexity": exp(surprise / live), "token_accuracy": hits / live}
+        return {name: found[name] for name in names}
+
+    def _most(self, processor: Any) -> int:
+        own = texts.limit(self.max_length, processor) or DEFAULT_LENGTH
+        return self.max_length or min(DEFAULT_LENGTH, own)
+
+
+def _texts(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
+    """Plain texts, each closed by the token that ends a text; a long one goes on in the next piece."""
+    encoded = processor(list(rows["text"]), verbose=False)["input_ids"]
+    pieces = [piece for ids in encoded for piece in packing.windows(_closed(ids, processor), most)]
+    return [(ids, list(ids)) for ids in pieces], [False] * len(pieces)
+
+
+def _completions(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
+    if processor.eos_token_id is None:
+        what = "the tokenizer has no token that ends a text, so nothing would teach the model where to stop"
+        raise PlanError([Problem(("model", "path"), what, "take one that has an `eos_token`")])
+    pieces, lost = [], []
+    for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
+        given, ids = _completed(prompt, completion, processor)
+        pieces.append((ids[:most], [IGNORED] * min(given, most) + ids[given:most]))
+        lost.append(len(ids) > most)
+    return pieces, lost
+
+
+def _completed(prompt: str, completion: str, processor: Any) -> tuple[int, list[int]]:
+    """How many tokens the prompt has, and those of both, up to the end.
+
+    Where the two as one text would merge a token across their border, each is encoded by itself: that is what the
+    model meets when it is given the prompt alone.
+    """
+    given = _open(processor(prompt, verbose=False)["input_ids"], processor)
+    both = _open(processor(prompt + completion, verbose=False)["input_ids"], processor)
+    if both[: len(given)] != given:
+        both = given + processor(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    return len(given), _closed(both, processor)
+
+
+def _open(ids: list[int], processor: Any) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == processor.eos_token_id else ids
+
+
+def _closed(ids: list[int], processor: Any) -> list[int]:
+    end = processor.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _chats(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
+    texts.need_fast(processor, "what the assistant wrote")
+    pieces, lost = [], []
+    for chat in rows["messages"]:
+        ids, live = chats.tokens(chat, processor)
+        labels = [token if alive else IGNORED for token, alive in zip(ids, live, strict=True)]
+        pieces.append((ids[:most], labels[:most]))
+        lost.append(len(ids) > most)
+    return pieces, lost
