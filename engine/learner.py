@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -229,7 +229,7 @@ class Learner:
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         outputs = self.task.forward(model, batch)
-        return self.smoother(outputs, batch["labels"]) if self.smoother else outputs.loss
+        return self.smoother(outputs, batch["labels"], self.task.shifts) if self.smoother else outputs.loss
 
     def _nothing(self, batch: Batch) -> torch.Tensor:
         """A loss of zero that still reaches every parameter, for a batch without live labels: their mean is 0 / 0."""
@@ -283,6 +283,7 @@ class Learner:
         chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)]
         rows: list[tuple[int, Any, Any]] = []
         sums = [0.0, 0]
+        written = self.task.writes and bool(self.metrics)
         with freezing.eval_mode(self.model):
             for chunk in chunks[rank::processes]:
                 batch = self._collated(split, chunk)
@@ -292,8 +293,33 @@ class Learner:
                 weight = self.task.weight(batch)
                 sums[0] += float(outputs.loss) * weight if weight else 0.0
                 sums[1] += weight
-                rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
+                if not written:
+                    rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
+            if written:
+                rows = self._written(split, chunks[rank::processes])
         return self._scored(split, gather_object(rows), gather_object([tuple(sums)]))
+
+    def _written(self, split: Split, chunks: Sequence[list[int]]) -> list[tuple[int, Any, Any]]:
+        """What the model writes for some examples, and what it should."""
+        rows: list[tuple[int, Any, Any]] = []
+        with self._in_full(), self.accelerator.autocast():
+            for chunk in chunks:
+                answers = self.task.write(self.model, self._collated(split, chunk), self.processor)
+                rows += zip(chunk, *answers, strict=True)
+        return rows
+
+    @contextmanager
+    def _in_full(self) -> Iterator[None]:
+        """Outside of any replay: writing reads keys and values that lie below the frost line."""
+        if not hasattr(self, "replay"):
+            yield
+            return
+        self.replay.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.replay = self.shortcut.replaying()
+            self.replay.__enter__()
 
     def bare_forward(self, batch: Batch) -> Any:
         """A forward pass under the accelerator's precision, without DDP's hooks."""
