@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 
 WORDS = ["the", "a", "film", "is", "good", "bad", "very", "not", "dull", "great", "plot", "and", "cast", "no", "fun"]
@@ -41,6 +43,30 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def byte_level(
+    template: str | None = None, ends: Sequence[str] = ("<s>", "</s>")
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE with merges, as language models have it; the last of `ends` ends a text, any may in a chat."""
+    model = Tokenizer(BPE())
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", *ends], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([" ".join(WORDS), "the film is good, the plot is dull."] * 4, trainer)
+    names = {"pad_token": "<pad>", "bos_token": ends[0], "eos_token": ends[-1]}
+    inputs = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        model_max_length=64,
+        model_input_names=inputs,
+        additional_special_tokens=list(ends),
+        chat_template=template,
+        **names,
+    )
+
+
 def bert(num_labels: int = 2, seed: int = 0, kind: str = "BertForSequenceClassification", **config: Any) -> nn.Module:
     """A BERT of 4 blocks of 16 with a classification head, or with what the class `kind` has on top."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": BLOCKS}
@@ -53,6 +79,21 @@ def gpt2(seed: int = 0, **config: Any) -> nn.Module:
     sizes = {"n_embd": 16, "n_head": 2, "n_layer": BLOCKS, "n_positions": POSITIONS, "vocab_size": VOCABULARY}
     ends = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     return _seeded(seed, transformers.GPT2LMHeadModel, transformers.GPT2Config(**(sizes | ends | config)))
+
+
+def llama(seed: int = 0, **config: Any) -> nn.Module:
+    """A Llama of 4 blocks of 16 for the vocabulary of `byte_level`."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": BLOCKS}
+    sizes |= {"vocab_size": 320, "max_position_embeddings": 64, "num_key_value_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return _seeded(seed, transformers.LlamaForCausalLM, transformers.LlamaConfig(**(sizes | ends | config)))
+
+
+def t5(seed: int = 0, **config: Any) -> nn.Module:
+    """A T5 of 2 blocks of 16 on either side, for the vocabulary of `byte_level`."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 2, "vocab_size": 320}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    return _seeded(seed, transformers.T5ForConditionalGeneration, transformers.T5Config(**(sizes | ends | config)))
 
 
 def vit(num_labels: int = 2, seed: int = 0, **config: Any) -> nn.Module:
@@ -69,10 +110,10 @@ def resnet(num_labels: int = 2, seed: int = 0, **config: Any) -> nn.Module:
     return _seeded(seed, transformers.ResNetForImageClassification, transformers.ResNetConfig(**config))
 
 
-def save(model: nn.Module, folder: Path) -> Path:
-    """The model and the tokenizer as a folder that `from_pretrained` reads."""
+def save(model: nn.Module, folder: Path, prepares: Any = None) -> Path:
+    """The model and a tokenizer, `tokenizer()` if left out, as a folder that `from_pretrained` reads."""
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (prepares or tokenizer()).save_pretrained(folder)
     return folder
 
 

@@ -5,9 +5,22 @@ from engine.tasks.fill_mask import FillMask
 from engine.tasks.multiple_choice import MultipleChoice
 from engine.tasks.question_answering import QuestionAnswering
 from engine.tasks.sentence_similarity import SentenceSimilarity
+from engine.tasks.summarization import Summarization
 from engine.tasks.text_classification import TextClassification
+from engine.tasks.text_generation import TextGeneration
 from engine.tasks.token_classification import TokenClassification
+from engine.tasks.translation import Translation
 
-TASKS = (TextClassification, TokenClassification, QuestionAnswering, MultipleChoice, FillMask, SentenceSimilarity)
+TASKS = (
+    TextClassification,
+    TokenClassification,
+    QuestionAnswering,
+    MultipleChoice,
+    FillMask,
+    SentenceSimilarity,
+    TextGeneration,
+    Summarization,
+    Translation,
+)
 
 __all__ = ["TASKS", "Example", "Facts", "Table", "Task"]

@@ -44,6 +44,8 @@ def _wrong(chat: list[Any]) -> str:
             return "a message has no `role` or no `content`"
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             return "`role` and `content` of a message are texts"
+        if message["role"] == ASSISTANT and not message["content"].strip():
+            return "a turn of the assistant is empty"
     return "" if any(message["role"] == ASSISTANT for message in chat) else "the assistant says nothing"
 
 

@@ -19,7 +19,6 @@ from engine.tasks.columns import not_text, stop_at
 from engine.tasks.packing import Piece
 from engine.tasks.texts import IGNORED
 
-DEFAULT_LENGTH = 1024
 CHAT, COMPLETION, TEXT = "chat", "completion", "text"
 COLUMNS = {CHAT: ("messages",), COMPLETION: ("prompt", "completion"), TEXT: ("text",)}
 """How rows can be written, and by which columns each is known; the first whose columns are all there is taken."""
@@ -127,8 +126,8 @@ class TextGeneration(Task):
         return {name: found[name] for name in names}
 
     def _most(self, processor: Any) -> int:
-        own = texts.limit(self.max_length, processor) or DEFAULT_LENGTH
-        return self.max_length or min(DEFAULT_LENGTH, own)
+        own = texts.limit(self.max_length, processor) or texts.DEFAULT_LENGTH
+        return self.max_length or min(own, texts.DEFAULT_LENGTH)
 
 
 def _texts(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:

@@ -10,6 +10,8 @@ from engine.tasks.base import TRUNCATED
 
 IGNORED = -100
 """PyTorch's `ignore_index`: a token with this label teaches nothing."""
+DEFAULT_LENGTH = 1024
+"""Tokens of a text where a task needs a limit and neither recipe nor model sets a lower one."""
 _UNLIMITED = 10**9
 """A tokenizer without a limit says 1e30."""
 
