@@ -95,7 +95,12 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
     """
     kind = getattr(transformers, recipe.task.processor)
     with _said_plainly(recipe.model):
-        made = kind.from_pretrained(source(recipe.model, root), revision=recipe.model.revision, trust_remote_code=False)
+        made = kind.from_pretrained(
+            source(recipe.model, root),
+            revision=recipe.model.revision,
+            trust_remote_code=False,
+            **recipe.task.processor_settings,
+        )
     tokenizer = getattr(made, "tokenizer", made)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         _pad(tokenizer, recipe.model)
@@ -121,7 +126,8 @@ def _positions(model: nn.Module | None) -> Iterator[int]:
     yield _UNLIMITED
     if model is None:
         return
-    yield getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNLIMITED
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    yield most if most > 0 else _UNLIMITED  # XLNet says -1
     for name, table in model.named_modules():
         # RoBERTa and its kin begin to count after the padding's row.
         if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:

@@ -75,6 +75,8 @@ class Task(Part, ABC):
     """Name of the transformers auto class, e.g. `AutoModelForSequenceClassification`."""
     processor: ClassVar[str] = "AutoTokenizer"
     """Name of the transformers class that prepares inputs."""
+    processor_settings: ClassVar[Mapping[str, Any]] = {}
+    """What its `from_pretrained` is told beside the model's name."""
     columns: ClassVar[Mapping[str, tuple[str, ...]]]
     """The task's own column names, each with the names it is looked for under; the first that exists is taken."""
     optional: ClassVar[frozenset[str]] = frozenset()

@@ -5,7 +5,7 @@ A word that the limit cuts off is neither taught nor judged; how many texts lose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -31,6 +31,8 @@ class TokenClassification(Task):
         "tokens": ("tokens", "words"),
         "tags": ("tags", "ner_tags", "labels", "label", "slots", "pos_tags", "upos", "chunk_tags"),
     }
+    processor_settings = {"add_prefix_space": True}
+    """A word is read as it is within a text: byte-level tokenizers take the blank before it for a part of it."""
     target = "tags"
 
     type: Literal["token-classification"]
@@ -40,7 +42,7 @@ class TokenClassification(Task):
     def facts(self, tables: Mapping[str, Table]) -> Facts:
         import pyarrow.compute as pc
 
-        stop_at(problem for table in tables.values() for problem in _uneven(table))
+        stop_at(map(_uneven, tables.values()))
         train = tables["train"]
         declared = getattr(getattr(train.features["tags"], "feature", None), "names", None)
         found = pc.unique(pc.list_flatten(train.columns["tags"]))
@@ -109,18 +111,17 @@ def first_tokens(words: Sequence[int | None], labels: Sequence[int]) -> list[int
     return [labels[word] if new and word is not None else IGNORED for word, new in zip(words, fresh, strict=True)]
 
 
-def _uneven(table: Table) -> Iterator[Problem | None]:
-    """The problems of a split whose rows aren't words with a tag each."""
+def _uneven(table: Table) -> Problem | None:
+    """The problem of a split whose rows aren't words with a tag each."""
     import pyarrow.compute as pc
 
-    if problems := [p for p in (not_lists(table, "tokens", "words"), not_lists(table, "tags")) if p]:
-        yield from problems
-        return
+    if problem := not_lists(table, "tokens", "words") or not_lists(table, "tags"):
+        return problem
     words, tags = (pc.list_value_length(table.columns[name]) for name in ("tokens", "tags"))
     differ = pc.not_equal(words, tags)
     index = max(pc.index(differ, True).as_py(), 0)
     what = f"`tags` has {tags[index].as_py()} tags for {words[index].as_py()} words"
-    yield bad_rows(table, "tags", differ, what, "give each word one tag")
+    return bad_rows(table, "tags", differ, what, "give each word one tag")
 
 
 def _unknown(table: Table, known: Sequence[str], count: int) -> Problem | None:
