@@ -91,7 +91,7 @@ def resolve(recipe: Recipe, outline: Outline) -> Openings:
     stages = []
     for index, (entry, key, (roots, changes)) in enumerate(staged):
         trainable = adapters.trainable(index, roots)
-        if not trainable:
+        if not trainable and not adapters.open(index):
             walk.blame(key, f"stage `{entry.name}` trains nothing", "unfreeze something in it")
         opens = tuple(adapters.opening(index, change.pattern, roots) for change in changes if change.opens)
         rates = _rates(walk, entry, key, trainable)
@@ -253,6 +253,10 @@ class _Adapters:
 
     def attached(self, stage: int) -> tuple[Attachment, ...]:
         return tuple(attachment for first, _, attachment in self.spans if first == stage)
+
+    def open(self, stage: int) -> bool:
+        """Whether any module with an adapter is open, though the outline may not have the adapter's parameters yet."""
+        return any(self._open(target, stage) for attachment in self.present(stage) for target in attachment.targets)
 
     def trainable(self, stage: int, roots: Roots) -> tuple[str, ...]:
         """Names of the parameters that train: adapters where the module that was unfrozen holds some, else weights."""

@@ -96,8 +96,11 @@ class TextGeneration(Task):
         if self.packing:
             packing.refuse_leaks(model)
 
-    def forward(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        return model(**self.inputs(batch), use_cache=False)
+    def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {
+            **batch,
+            "use_cache": False,
+        }  # keys and values serve writing alone, and with them packed texts would see each other
 
     def weight(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
