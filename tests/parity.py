@@ -51,6 +51,8 @@ class Case:
     facts: Facts = field(default_factory=Facts)
     loss: Callable[..., torch.Tensor] | None = None
     """Trainer's `compute_loss_func`, where its own division of a loss over micro-batches isn't by live labels."""
+    divides: bool = False
+    """Whether the model divides its loss by the items of the whole step that Trainer tells it, as decoders do."""
 
     @property
     def size(self) -> int:
@@ -132,7 +134,7 @@ def theirs(
     trainer = Same(case.model(), arguments, train_dataset=rows, data_collator=case.collate, compute_loss_func=case.loss)
     # BERT takes any keyword and so seems to know how to divide a loss by the items of a whole step, but its head
     # ignores the number: left to itself, Trainer 5.23 would sum the micro-batches' means and train four times as fast.
-    trainer.model_accepts_loss_kwargs = False
+    trainer.model_accepts_loss_kwargs = case.divides
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model
 
