@@ -136,7 +136,7 @@ class TextGeneration(Task):
 def _texts(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
     """Plain texts, each closed by the token that ends a text; a long one goes on in the next piece."""
     encoded = processor(list(rows["text"]), verbose=False)["input_ids"]
-    pieces = [piece for ids in encoded for piece in packing.windows(_closed(ids, processor), most)]
+    pieces = [piece for ids in encoded for piece in packing.windows(texts.closed(ids, processor), most)]
     return [(ids, list(ids)) for ids in pieces], [False] * len(pieces)
 
 
@@ -162,16 +162,11 @@ def _completed(prompt: str, completion: str, processor: Any) -> tuple[int, list[
     both = _open(processor(prompt + completion, verbose=False)["input_ids"], processor)
     if both[: len(given)] != given:
         both = given + processor(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    return len(given), _closed(both, processor)
+    return len(given), texts.closed(both, processor)
 
 
 def _open(ids: list[int], processor: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == processor.eos_token_id else ids
-
-
-def _closed(ids: list[int], processor: Any) -> list[int]:
-    end = processor.eos_token_id
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 def _chats(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:

@@ -63,3 +63,9 @@ def token_padder(processor: Any, most: int | None) -> Callable[[Sequence[Any]], 
     from transformers import DataCollatorForTokenClassification
 
     return DataCollatorForTokenClassification(processor, pad_to_multiple_of=multiple(processor, most))
+
+
+def closed(ids: list[int], processor: Any) -> list[int]:
+    """A text's tokens with the one that ends a text behind them, where the tokenizer has one and hasn't set it."""
+    end = processor.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]

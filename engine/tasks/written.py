@@ -56,10 +56,11 @@ class Written(Task):
             [self.source_prefix + text for text in read], truncation=True, max_length=self._most(processor)
         )
         target = processor(text_target=write, truncation=True, max_length=self.max_target_length)
+        labels = [texts.closed(ids, processor)[: self.max_target_length] for ids in target["input_ids"]]
         cut = [texts.truncated(each).get(TRUNCATED, [False] * len(read)) for each in (source, target)]
         lost = {TRUNCATED: [any(both) for both in zip(*cut, strict=True)]}
         taken = {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"]}
-        return {**taken, "labels": target["input_ids"], **lost}
+        return {**taken, "labels": labels, **lost}
 
     def collate(self, processor: Any) -> Callable[[Sequence[Example]], Mapping[str, Any]]:
         from transformers import DataCollatorForSeq2Seq
