@@ -104,6 +104,10 @@ KEYS: dict[str, str] = {
     "sequence_len": "task.max_length",
     "model_max_length": "task.max_length",
     "cutoff_len": "task.max_length",
+    "doc_stride": "task.stride",
+    "mlm_prob": "task.mlm_probability",
+    "masking_ratio": "task.mlm_probability",
+    "pooling_mode": "task.pooling",
     # what stays frozen and what trains
     "unfrozen_parameters": "unfreeze",
     "trainable_parameters": "unfreeze",
