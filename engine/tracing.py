@@ -102,9 +102,12 @@ def handed_on(output: Any) -> Tensor | None:
 
 
 def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch, and the request for no keys and values: training needs none, and a trace would fill them twice."""
+    """The batch, and the request for no keys and values: training needs none, and a trace would fill them twice.
+
+    Whoever asks for them all the same, as generation does, gets them.
+    """
     takes = "use_cache" in signature(model.forward).parameters
-    return {**batch, "use_cache": False} if takes else dict(batch)
+    return {"use_cache": False, **batch} if takes else dict(batch)
 
 
 def loss_of(output: Any, mask: Tensor | None = None) -> Tensor:

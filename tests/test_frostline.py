@@ -399,6 +399,40 @@ def test_generation_works_again_after_a_replay():
     assert torch.equal(before, model.generate(**prompt))
 
 
+@pytest.mark.parametrize("name", ["Llama lm", "T5 s2s"])
+def test_generation_is_the_same_while_recomputing(name: str):
+    model, batch = staged(name, "last")
+    line = line_of(model, batch)
+    prompt = {"input_ids": numbers(1, 4), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    before = model.generate(**prompt)
+    with line.recomputing():
+        assert torch.equal(before, model.generate(**prompt))
+
+
+def test_a_dropout_on_both_sides_of_the_line_drops_above_it_only():
+    """A T5 stack has one dropout, for its embeddings and for its last norm."""
+    model, batch = staged("T5 s2s", "last")
+    line = line_of(model, batch)
+    dropout = model.decoder.dropout
+    assert {module: (turns.recomputed, turns.replayed) for module, turns in line.shared.items()} == {dropout: (1, 1)}
+    dropped: list[bool] = []
+    dropout.register_forward_hook(lambda _module, args, output: dropped.append(not torch.equal(args[0], output)))
+    line.train_mode()
+    with line.recomputing():
+        model(**batch)
+    assert dropped == [False, True]
+
+
+def test_a_cut_that_is_computed_live_has_its_output_replaced(monkeypatch: pytest.MonkeyPatch):
+    """Where a shape can't be worked out without numbers, the module at the line runs and its output is replaced."""
+    monkeypatch.setattr("engine.replay.Stub.agrees", lambda stub, _call: not stub.makes_shapes)
+    for name, stage in (("Segformer masks", "half"), ("ResNet cls", "head"), ("T5 s2s", "all but the first")):
+        model, batch = staged(name, stage)
+        line = line_of(model, batch)
+        assert line.overrides
+        assert verify(model, line, batch, line.capture(batch)) == Difference(0.0, 0.0)
+
+
 def test_capture_leaves_modes_flags_and_randomness_alone():
     model, batch = staged("Bert cls", "half")
     line = line_of(model, batch)
