@@ -163,11 +163,12 @@ def main() -> None:
             took = measure(Stage(model, line, kept, source, trained), asked.rounds)
             whole, steps = 1.25 * len(source), len(source) / BATCH
             full, replayed = (5 * steps * (took[way] + took[f"{way} eval"] / 4) for way in ("full", "kept"))
+            off, size = kept.difference.gradient, kept.size / len(source)
             print(
                 f"{trained:>7} {took['full']:>6.1f} {took['kept']:>9.1f} {took['floor']:>6.1f} "
                 f"{took['full'] / took['kept']:>5.1f}x {took['kept'] / took['floor']:>10.2f}x "
-                f"{took['full eval'] / took['kept eval']:>5.1f}x {capture:>13.2f} ms "
-                f"{kept.size / len(source):>11.0f} B {full / (replayed + capture * whole):>5.1f}x {kept.difference.gradient:>10.1e}"
+                f"{took['full eval'] / took['kept eval']:>5.1f}x {capture:>13.2f} ms {size:>11.0f} B "
+                f"{full / (replayed + capture * whole):>5.1f}x {off:>10.1e}"
             )
 
 
