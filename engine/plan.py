@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any
 
 from engine.errors import PlanError, Problem
+from engine.layers import Layer, LayerState, layers, states
 from engine.openings import Attachment, Opening, StageOpenings, resolve
 from engine.outline import Outline, Parameter, below
 from engine.recipe import Recipe
@@ -64,6 +65,8 @@ class Stage:
     """FLOPs of a step as a share of one that trains everything."""
     cached_cost: float
     """The same where everything below the frost line is replayed."""
+    layers: tuple[LayerState, ...]
+    """What trains of each layer of the plan."""
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -90,6 +93,8 @@ class Plan:
     seed: int
     measured: bool
     """Whether the order and cost of modules were traced, or guessed from definition order and sizes."""
+    layers: tuple[Layer, ...]
+    """The model's layers, in forward order."""
     stages: tuple[Stage, ...]
     fingerprint: str = field(default="", compare=False)
     """sha256 over everything else."""
@@ -109,7 +114,8 @@ def make(recipe: Recipe, outline: Outline, examples: int) -> Plan:
     if problems:
         raise PlanError(problems)
     optimizer_bytes = _optimizer_bytes(recipe.training.optim)
-    stages = tuple(_stage(recipe, outline, opened, examples, optimizer_bytes) for opened in openings.stages)
+    drawn = layers(outline)
+    stages = tuple(_stage(recipe, outline, opened, examples, optimizer_bytes, drawn) for opened in openings.stages)
     plan = Plan(
         architecture=outline.architecture,
         size=outline.size,
@@ -117,6 +123,7 @@ def make(recipe: Recipe, outline: Outline, examples: int) -> Plan:
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         measured=outline.measured,
+        layers=drawn,
         stages=stages,
     )
     content = json.dumps(plan.json(), sort_keys=True)
@@ -143,20 +150,29 @@ def _untrained(stages: tuple[StageOpenings, ...], outline: Outline) -> list[Prob
     return []
 
 
-def _stage(recipe: Recipe, outline: Outline, opened: StageOpenings, examples: int, optimizer_bytes: float) -> Stage:
+def _stage(
+    recipe: Recipe,
+    outline: Outline,
+    opened: StageOpenings,
+    examples: int,
+    optimizer_bytes: float,
+    drawn: tuple[Layer, ...],
+) -> Stage:
     entry, training = opened.entry, recipe.training
     names = frozenset(opened.trainable)
     trained = [parameter for parameter in outline.parameters if parameter.name in names]
     size = sum(parameter.size for parameter in trained)
     per_epoch = ceil(examples / recipe.batch_size)
     steps = entry.steps or max(1, round((entry.epochs or 0) * per_epoch))
+    groups = _groups(recipe, entry, outline, opened, trained)
+    rates = {name: group.learning_rate for group in groups for name in group.parameters}
     warmup = training.warmup_steps if entry.warmup_steps is None else entry.warmup_steps
     return Stage(
         index=opened.index,
         name=entry.name,
         opens=opened.opens,
         attaches=opened.attaches,
-        groups=_groups(recipe, entry, outline, opened, trained),
+        groups=groups,
         steps=steps,
         steps_per_epoch=per_epoch,
         lr_scheduler_type=entry.lr_scheduler_type or training.lr_scheduler_type,
@@ -170,6 +186,7 @@ def _stage(recipe: Recipe, outline: Outline, opened: StageOpenings, examples: in
         weights=sum(parameter.size for parameter in trained if parameter.adapter is None),
         optimizer_bytes=round(size * optimizer_bytes),
         gradient_bytes=size * 4,
+        layers=states(drawn, {parameter.name: parameter for parameter in trained}, rates),
         **_cost(outline, names),
     )
 

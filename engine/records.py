@@ -53,6 +53,8 @@ class StageStarted(Event):
     """Parameters whose moments came along from the stage before."""
     frozen: str = ""
     """What becomes of the frozen prefix: replayed from the cache, or computed, and why."""
+    replayed: float = 0.0
+    """Share of a forward pass that is replayed from the cache and not computed."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class StageEnded(Event):
     seconds: float = 0.0
     peak_bytes: int = 0
     """Most memory of the device, or of the process on a CPU, so far."""
+    moved: dict[str, float] = field(default_factory=dict)
+    """Layer -> norm of its change since the run began, as a share of the norm it had."""
 
 
 @dataclass(frozen=True)

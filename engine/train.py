@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from engine.errors import STOPPED, RunError
 from engine.folder import RunFolder
 from engine.learner import Learner
+from engine.movement import Start
 from engine.plan import Plan, Stage
 from engine.position import Best, Position
 from engine.processes import together
@@ -27,11 +28,15 @@ from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageSt
 class Loop:
     """A run under way."""
 
-    def __init__(self, learner: Learner, plan: Plan, folder: RunFolder, position: Position, before: Digests):
+    def __init__(
+        self, learner: Learner, plan: Plan, folder: RunFolder, position: Position, before: Digests, start: Start
+    ):
         self.learner, self.plan, self.folder = learner, plan, folder
         self.position = position
         self.before = before
         """Digests of every tensor before anything trained."""
+        self.start = start
+        """Where its weights were then."""
 
     def events(self) -> Iterator[Event]:
         """Run every stage that is not over, judge the result on the test split, save it and prove what was done."""
@@ -41,6 +46,7 @@ class Loop:
         if self.learner.data.test is not None:
             last = self.plan.stages[-1]
             yield self._judged(last, last.steps, "test")
+            self._keep_confusion(last, last.steps, "test")
         self.learner.detach("merge")
         model = self.folder.save_model(self.learner)
         if self.learner.accelerator.is_main_process:
@@ -50,7 +56,7 @@ class Loop:
     def _stage(self, stage: Stage) -> Iterator[Event]:
         began, position = time.perf_counter(), self.position
         carried = self.learner.enter(stage, resumed=position.step > 0)
-        yield StageStarted(stage.name, stage.size, stage.steps, carried, self.learner.shortcut.said)
+        yield StageStarted(stage.name, stage.size, stage.steps, carried, *self._prefix())
         reason = f"{stage.steps} steps done"
         clock = time.perf_counter()
         while position.step < stage.steps and not self._stale(stage):
@@ -72,11 +78,17 @@ class Loop:
         steps, best = self.position.step, self.position.best
         if best.weights and stage.restore_best:
             self.learner.restore(best.weights)
+        moved = self.start.moved(self.learner.model, self.plan.layers)
         self.learner.leave()
         self.position.stage, self.position.step, self.position.best = stage.index + 1, 0, Best()
         self._publish()
         seconds = time.perf_counter() - began
-        return StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner))
+        return StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner), moved)
+
+    def _prefix(self) -> tuple[str, float]:
+        """What becomes of the frozen prefix in words, and the share of a forward pass that is replayed."""
+        shortcut = self.learner.shortcut
+        return shortcut.said, shortcut.line.saved if shortcut.line and shortcut.prefixes else 0.0
 
     # When
 
@@ -122,6 +134,11 @@ class Loop:
         metrics = self.learner.evaluate(getattr(self.learner.data, split))
         return Evaluated(stage.name, step, split, metrics, seconds=time.perf_counter() - began)
 
+    def _keep_confusion(self, stage: Stage, step: int, split: str) -> None:
+        """Keep how labels were confused by the weights that go on."""
+        if self.learner.confusion and self.learner.accelerator.is_main_process:
+            self.folder.keep_confusion(split, stage.name, step, self.learner.facts.labels, self.learner.confusion)
+
     def _weighed(self, stage: Stage, judged: Evaluated) -> Evaluated:
         """Whether an evaluation is the best of its stage; if so its weights are kept.
 
@@ -139,6 +156,8 @@ class Loop:
         gained = best.weigh(metric, metrics, stage.early_stopping.min_delta if stage.early_stopping else 0.0)
         if gained and stage.restore_best:
             best.weights = self.learner.snapshot()
+        if gained or not stage.restore_best:
+            self._keep_confusion(stage, judged.step, "validation")
         return replace(judged, best=gained)
 
     def _proved(self) -> Iterator[Event]:

@@ -21,10 +21,11 @@ FLOORS = """
 0 errors part outline patterns names records metrics packages randomness
 0 adapters tasks schedules
 1 recipe schema source reading wording load
-2 openings plan
+2 openings plan layers
 3 processes freezing tracing outlining models origins selection data batches optim
 3 replay capturing frostline store prefix shortcut durable checkpoint proof
 4 folder learner position train start screen signals advise sweep report export
+4 picture charts comparison movement listing drafting
 5 cli run
 """
 """From the ground up; a module imports from its own floor and those below it."""
