@@ -1,4 +1,4 @@
-"""What a user sees while things happen: the plan as a table, a run as it goes. It shows values; it computes none."""
+"""What a user sees while things happen: the plan as a picture, a run as it goes. It shows values; it computes none."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from ruamel.yaml import YAML
 
 from engine.openings import entries as stage_entries
 from engine.outline import Outline
-from engine.plan import Plan, Stage
+from engine.picture import INKS, MARKS, WORDS, count, picture, tables
+from engine.plan import Plan
 from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
 
@@ -38,57 +38,22 @@ def print_stages(recipe: Recipe, outline: Outline) -> None:
 
 
 def show_plan(console: Console, name: str, plan: Plan) -> None:
-    """The plan, one row a stage."""
+    """The plan: layers against stages, the head on top, and the numbers of each stage below."""
+    drawn = picture(plan.json(), folded=True)
     size = f"{plan.architecture}, {count(plan.size)} parameters"
-    console.print(f"[bold]{name}[/]  {size}, {plan.examples:,} examples, {plan.batch_size} a step", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("stage", "opens", "trains", "", "learning rate", "steps", "optimizer", "frost line", "below", "step"):
-        table.add_column(
-            title, justify="left" if title in ("stage", "opens", "learning rate", "frost line") else "right"
-        )
-    for stage in plan.stages:
-        table.add_row(*_row(plan, stage))
-    console.print(table)
-    console.print("[dim]below: share of a forward pass under the frost line; step: FLOPs against training everything,")
-    console.print("[dim]and with everything under the line replayed from the cache[/]")
+    console.print(f"[bold]{name}[/]  {size}, {plan.examples:,} examples, {plan.batch_size} a step\n", highlight=False)
+    for table in tables(drawn, console.width):
+        console.print(table, highlight=False)
+    console.print(
+        "  ".join(f"[{INKS[kind]}]{MARKS[kind] * 2}[/] {WORDS[kind]}" for kind in drawn.kinds), highlight=False
+    )
+    console.print(
+        "[dim]The work of a step is counted in FLOPs; 100% is a step that trains everything.[/]", highlight=False
+    )
     if not plan.measured:
         console.print(
             "[yellow]order and cost of the modules are guessed from their sizes: this model can't be traced[/]"
         )
-
-
-def _row(plan: Plan, stage: Stage) -> tuple[str, ...]:
-    opens = [f"{opening.pattern} ({opening.what})" for opening in stage.opens] or ["-"]
-    rates = sorted({group.learning_rate for group in stage.groups}, reverse=True)
-    shown = f"{rates[0]:.2g}" + (f" to {rates[-1]:.2g}" if len(rates) > 1 else "")
-    return (
-        stage.name,
-        "\n".join(opens),
-        count(stage.size),
-        f"{stage.size / plan.size:.1%}",
-        shown,
-        f"{stage.steps:,}",
-        size(stage.optimizer_bytes + stage.gradient_bytes),
-        stage.line or "-",
-        f"{stage.below:.0%}",
-        f"{stage.cost:.0%}, {stage.cached_cost:.0%}",
-    )
-
-
-def count(number: int) -> str:
-    """1234567 -> `1.2 M`."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return str(number)
-
-
-def size(number: float) -> str:
-    """Bytes in the largest unit that keeps a digit before the point."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number:.0f} B"
 
 
 def follow(console: Console, events: Iterable[Event]) -> Event | None:
