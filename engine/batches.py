@@ -46,6 +46,10 @@ class Batching:
         """The same batch in micro-batches of half the size."""
         return Batching(self.batch_size, max(1, self.micro // 2), self.processes)
 
+    def limited(self, micro: int) -> Batching:
+        """The same batch in micro-batches no larger than those that a run began with: dropout is drawn by them."""
+        return Batching(self.batch_size, min(self.micro, micro), self.processes)
+
     def share(self, indices: Sequence[int], rank: int) -> list[MicroBatch]:
         """The micro-batches of device `rank` for a step on these examples; every device gets as many."""
         share = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.errors import CRASH, REFUSED, FrostlineError, PlanError, Problem, RecipeError
+from engine.errors import CRASH, REFUSED, EchoError, FrostlineError, PlanError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from engine.errors import Source
@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         sys.stdout.flush()
     except FrostlineError as error:
-        tell(error)
+        if not isinstance(error, EchoError):
+            tell(error)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -71,8 +71,9 @@ def _claim(descriptor: int, path: Path) -> None:
     except OSError as error:
         sentence = f"{path}: this file system can't lock ({reason(error)}); give an output folder on one that can"
         raise RunError(sentence, ENVIRONMENT) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with suppress(OSError):  # on a full disk the lock holds all the same, without a name to it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def _let_go() -> None:
@@ -113,6 +114,17 @@ def write(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
     sync(path)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file in one piece: a kill or a full disk leaves what was there before, whole."""
+    staging = stage(path.parent)
+    try:
+        write(staging / path.name, content)
+        os.replace(staging / path.name, path)
+        sync(path.parent)
+    finally:
+        drop(staging)
 
 
 def retire(path: Path) -> None:

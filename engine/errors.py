@@ -75,3 +75,7 @@ class RunError(FrostlineError):
     def __init__(self, sentence: str, exit_code: int = GUARD):
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+class EchoError(RunError):
+    """What the main process of a run tells: every other one ends with the same exit code, and in silence."""

@@ -8,23 +8,28 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
+from safetensors import SafetensorError
 
-from engine import records
-from engine.errors import REFUSED, RunError
+from engine import durable, records
+from engine.errors import ENVIRONMENT, REFUSED, RunError
 from engine.plan import Plan
 
 if TYPE_CHECKING:
     from engine.learner import Learner
+
+T = TypeVar("T")
 
 VERSIONED = ("frostline", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 
@@ -47,70 +52,118 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def clear(self) -> None:
-        """Forget an earlier run of this name."""
-        for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
-        for folder in (self.model, self.checkpoints):
-            if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
+        """Forget an earlier run of this name: its checkpoints at once, so that no kill leaves some to go on from."""
+        with self._writing():
+            for folder in (self.checkpoints, self.model):
+                if folder.is_dir() and not folder.is_symlink():
+                    durable.retire(folder)
+            for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
 
-    def finished(self) -> bool:
-        """Whether the run of this folder is over and its model saved."""
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses, in one sentence."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            there = f"{self.path}: can't be written ({durable.reason(error)})"
+            raise RunError(f"{there}; make room, and the same command goes on", ENVIRONMENT) from error
+
+    def finished(self, recipe: Mapping[str, Any]) -> bool:
+        """Whether the run of this folder is over and its model saved; raises `RunError` if another recipe asked for it.
+
+        Another recipe under the same name is another model: to say that it is there already would be a lie.
+        """
         if not (self.metrics.exists() and self.model.is_dir()):
             return False
-        return any(event["event"] == "finished" for event in records.read(self.metrics))
+        if not any(event["event"] == "finished" for event in records.read(self.metrics)):
+            return False
+        self.refuse_changes(recipe, {}, sys.maxsize)
+        return True
 
-    def open(self, recipe: Mapping[str, Any], plan: Plan, processes: int, data: Mapping[str, str]) -> None:
-        """Write down what was asked and what it runs on; `data` holds the fingerprint of each split."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.recipe.write_text(_yaml(recipe), encoding="utf-8")
-        _write_json(self.path / "plan.json", plan.json())
-        _write_json(self.manifest, manifest(recipe, plan, processes, data))
+    def open(self, recipe: Mapping[str, Any], plan: Plan, processes: int, prints: Mapping[str, str]) -> None:
+        """Write down what was asked and what it runs on; `prints` holds the fingerprint of each split and the model."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            durable.replace(self.recipe, _yaml(recipe).encode())
+            _write_json(self.path / "plan.json", plan.json())
+            _write_json(self.manifest, manifest(recipe, plan, processes, prints))
 
-    def refuse_changes(self, recipe: Mapping[str, Any], data: Mapping[str, str], stage: int) -> None:
-        """Raise `RunError` where a run would go on with another recipe or other data than it began with.
+    def refuse_changes(self, recipe: Mapping[str, Any], prints: Mapping[str, str], begun: int) -> None:
+        """Raise `RunError` where a run would go on with another recipe, other data or another model than it began with.
 
-        What may change are keys that train nothing, and stages that have not begun: those after number `stage`.
+        What may change are keys that train nothing, and all stages but the first `begun`.
         """
-        changes = [line for key, line in differences(_read_yaml(self.recipe), dict(recipe)) if not _free(key, stage)]
-        if json.loads(self.manifest.read_text(encoding="utf-8"))["data"] != dict(data):
-            changes.append("the training rows are not those that the run began with")
+        try:
+            old = _plain_yaml().load(self.recipe.read_text(encoding="utf-8"))
+            had = json.loads(self.manifest.read_text(encoding="utf-8"))["data"]
+        except (OSError, ValueError, KeyError, YAMLError) as error:
+            what = f"{self.path}: what the run was asked can't be read ({durable.reason(error)})"
+            raise RunError(f"{what}; restore its papers, or start over with `--fresh`", ENVIRONMENT) from error
+        changes = [line for key, line in differences(old, dict(recipe)) if not _free(key, begun)]
+        changes += [f"  {name}: not the same as when the run began" for name in prints if had.get(name) != prints[name]]
         if changes:
-            sentence = f"{self.path} was begun with another recipe; `--fresh` starts over, a name of its own keeps both"
+            sentence = f"{self.path} was begun otherwise; `--fresh` starts over, a name of its own keeps both"
             raise RunError("\n".join([sentence, *changes]), REFUSED)
 
-    def cut_records(self, size: int) -> None:
-        """Forget what was recorded after a checkpoint was taken: it happens again."""
-        with self.metrics.open("r+b") as file:
-            file.truncate(size)
+    def recorded(self) -> int:
+        """Bytes of the records so far, all of them on the disk."""
+        if not self.metrics.exists():
+            return 0
+        with self._writing():
+            durable.sync(self.metrics)
+            return self.metrics.stat().st_size
+
+    def cut_records(self, size: int) -> str:
+        """Forget what was recorded after a checkpoint was taken: it happens again. Returns what is missing, if any."""
+        with self._writing(), self.metrics.open("a+b") as file:
+            had = file.seek(0, os.SEEK_END)
+            if had >= size:
+                file.truncate(size)
+                return ""
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            return f"{self.metrics.name} has lost {size - had} bytes of what was recorded before"
 
     def record(self, event: records.Event, **more: Any) -> None:
         """Append an event to the run's records."""
-        records.write(self.metrics, event, **more)
+        with self._writing():
+            records.write(self.metrics, event, **more)
 
     def keep_confusion(
         self, split: str, stage: str, step: int, labels: Sequence[str], counts: Sequence[Sequence[int]]
     ) -> None:
         """Keep how often each label (row) was taken for each (column) on a split, in place of what was kept of it."""
-        kept = json.loads(self.confusion.read_text(encoding="utf-8")) if self.confusion.exists() else {}
-        kept[split] = {"stage": stage, "step": step, "labels": list(labels), "counts": counts}
-        _write_json(self.confusion, kept)
+        with self._writing():
+            kept = json.loads(self.confusion.read_text(encoding="utf-8")) if self.confusion.exists() else {}
+            kept[split] = {"stage": stage, "step": step, "labels": list(labels), "counts": counts}
+            _write_json(self.confusion, kept)
 
-    def save_model(self, learner: Learner) -> Path:
-        """Save the model and what prepares its inputs, to be loaded by plain `from_pretrained`."""
+    def save_model(self, learner: Learner, proved: Callable[[Path], T]) -> T:
+        """Save the model and what prepares its inputs, to be loaded by plain `from_pretrained`. Main process only.
+
+        It gets its name once `proved` has seen the files and every byte of them is on the disk.
+        """
         from engine.models import quietly
 
-        if learner.accelerator.is_main_process:
-            staged = self.path / ".model"
-            shutil.rmtree(staged, ignore_errors=True)
-            with quietly():
-                learner.model.save_pretrained(staged, safe_serialization=True)
-            learner.processor.save_pretrained(staged)
-            learner.task.accompany(staged)
-            shutil.rmtree(self.model, ignore_errors=True)
-            staged.rename(self.model)
-        learner.accelerator.wait_for_everyone()
-        return self.model
+        with self._writing():
+            staging = durable.stage(self.path)
+            staged = staging / self.model.name
+            try:
+                with quietly():
+                    learner.model.save_pretrained(staged, safe_serialization=True)
+                learner.processor.save_pretrained(staged)
+                learner.task.accompany(staged)
+                proof = proved(staged)
+                for path in (*staged.rglob("*"), staged):
+                    durable.sync(path)
+                if self.model.exists():
+                    durable.retire(self.model)
+                staged.rename(self.model)
+                durable.sync(self.path)
+            finally:
+                durable.drop(staging)
+        return proof
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -130,13 +183,9 @@ def _listed(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _free(key: str, stage: int) -> bool:
+def _free(key: str, begun: int) -> bool:
     later = re.match(r"stages\[(\d+)\]", key)
-    return key in FREE or key.split(".")[0] == "cache" or (later is not None and int(later[1]) > stage)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return _plain_yaml().load(path.read_text(encoding="utf-8"))
+    return key in FREE or key.split(".")[0] == "cache" or (later is not None and int(later[1]) >= begun)
 
 
 def manifest(recipe: Mapping[str, Any], plan: Plan, processes: int, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,4 +231,4 @@ def _yaml(value: Mapping[str, Any]) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    durable.replace(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

@@ -26,7 +26,7 @@ from engine.data import Encoded, Split, order
 from engine.errors import PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.prefix import Cache
-from engine.processes import agree
+from engine.processes import agree, alike
 from engine.proof import canary
 from engine.randomness import stable_seed
 from engine.recipe import Recipe
@@ -137,8 +137,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.moments = self.all_moments()
         del self.wrapped, self.optimizer, self.shortcut, self.replay
-        self.accelerator.free_memory()
-        gc.collect()
+        self.accelerator.free_memory()  # collects garbage as well
         for leftover in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(leftover, None)  # or the next `prepare` takes the model for prepared
         if self.stage.then != "keep":
@@ -165,7 +164,7 @@ class Learner:
         weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
         total, self.stopping = self._total(sum(weights))
         if not total:
-            raise RunError(f"stage `{self.stage.name}`, step {step + 1}: not one label of the batch is live")
+            raise alike(self.accelerator, f"stage `{self.stage.name}`, step {step + 1}: not one label is live")
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
             torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, step, micro.number))
             last = turn == len(share) - 1
@@ -182,18 +181,23 @@ class Learner:
         limit = self.recipe.training.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a float16 scaler skips the step by itself
-            place = f"stage `{self.stage.name}`, step {step + 1}"
-            raise RunError(f"{place}: the gradient is not finite ({norm}); lower the learning rate or look at the data")
+            what = f"stage `{self.stage.name}`, step {step + 1}: the gradient is not finite ({norm})"
+            raise alike(self.accelerator, f"{what}; lower the learning rate or look at the data")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def untaken_loss(self) -> tuple[float, float]:
+        """The loss since it was last taken, summed over all units and devices, and the weight of these units."""
+        sums = torch.tensor([float(self.loss_sum), float(self.weight_sum)], dtype=torch.float64)
+        loss, weight = self.accelerator.reduce(sums.to(self._accounting_device), "sum").tolist()
+        return loss, weight
+
     def taken_loss(self) -> float:
         """The mean loss since it was last taken, over all devices."""
-        sums = torch.tensor([float(self.loss_sum), float(self.weight_sum)], dtype=torch.float64)
-        total = self.accelerator.reduce(sums.to(self._accounting_device), "sum")
+        loss, weight = self.untaken_loss()
         self.loss_sum, self.weight_sum = 0.0, 0
-        return (total[0] / total[1]).item() if total[1] else math.nan
+        return loss / weight if weight else math.nan
 
     def _indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.stage.steps_per_epoch)
@@ -261,7 +265,8 @@ class Learner:
             short = False
             try:
                 torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, "canary"))
-                canary(self.model, scratch, lambda batch=batch: self._loss(self.model, batch), self.stage.name)
+                with self.accelerator.autocast():
+                    canary(self.model, scratch, lambda batch=batch: self._loss(self.model, batch), self.stage.name)
             except torch.OutOfMemoryError:
                 short = True
             del scratch
@@ -282,7 +287,7 @@ class Learner:
         by_length = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths, kind="stable")
         chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)]
         rows: list[tuple[int, Any, Any]] = []
-        sums = [0.0, 0]
+        sums: list[tuple[float, int]] = []
         written = self.task.writes and bool(self.metrics)
         with freezing.eval_mode(self.model):
             for chunk in chunks[rank::processes]:
@@ -291,13 +296,12 @@ class Learner:
                     self.shortcut.feed(split, chunk, batch)
                 outputs = self.bare_forward(batch)
                 weight = self.task.weight(batch)
-                sums[0] += float(outputs.loss) * weight if weight else 0.0
-                sums[1] += weight
+                sums.append((float(outputs.loss) * weight if weight else 0.0, weight))
                 if not written:
                     rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
             if written:
                 rows = self._written(split, chunks[rank::processes])
-        return self._scored(split, gather_object(rows), gather_object([tuple(sums)]))
+        return self._scored(split, gather_object(rows), gather_object(sums))
 
     def _written(self, split: Split, chunks: Sequence[list[int]]) -> list[tuple[int, Any, Any]]:
         """What the model writes for some examples, and what it should."""
@@ -333,7 +337,8 @@ class Learner:
         if [index for index, _, _ in rows] != list(range(len(split))):
             raise RunError(f"{len(rows)} answers came back for {len(split)} examples; an evaluation counts each once")
         weight = sum(part for _, part in sums)
-        loss = sum(part for part, _ in sums) / weight if weight else math.nan
+        # Summed exactly, so that the order of the devices is no part of the result.
+        loss = math.fsum(part for part, _ in sums) / weight if weight else math.nan
         predictions, references = [row[1] for row in rows], [row[2] for row in rows]
         scores = self.task.score(predictions, references, self.metrics, self.facts)
         self.confusion = self.task.confusion(predictions, references, self.facts)
@@ -358,10 +363,11 @@ class Learner:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items() if name in moving}
 
     def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
-        """Put tensors back, by name."""
+        """Put tensors back, by name, in the precision they were taken in: what has trained is float32 ever after."""
         tensors = self.tensors()
         with torch.no_grad():
             for name, value in snapshot.items():
+                tensors[name].data = tensors[name].data.to(value.dtype)
                 tensors[name].copy_(value)
 
     def tensors(self) -> dict[str, torch.Tensor]:

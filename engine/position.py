@@ -7,15 +7,18 @@ and a run goes on with another number of devices.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, freezing
+from engine.errors import RunError
 from engine.folder import RunFolder
 from engine.learner import Learner
 from engine.metrics import greater_is_better
 from engine.plan import Plan
+from engine.proof import some
 
 Tensors = dict[str, torch.Tensor]
 
@@ -53,8 +56,11 @@ class Position:
     """Optimizer steps done in it."""
     best: Best = field(default_factory=Best)
 
-    def publish(self, learner: Learner, plan: Plan, folder: RunFolder) -> None:
-        """Write a checkpoint of all that is needed to go on from here, then let old ones go. Main process only."""
+    def publish(self, learner: Learner, plan: Plan, folder: RunFolder, unsaid: tuple[float, float]) -> None:
+        """Write a checkpoint of all that is needed to go on from here, then let old ones go. Main process only.
+
+        `unsaid` is the loss that no record tells yet, over all devices. Raises `RunError` where a weight isn't finite.
+        """
         done = sum(stage.steps for stage in plan.stages[: self.stage]) + self.step
         between = self.step == 0
         state = {
@@ -62,15 +68,17 @@ class Position:
             "stage": self.stage,
             "stage_step": self.step,
             "plan": plan.fingerprint,
-            "best": {"value": self.best.value, "metrics": self.best.metrics, "stale": self.best.stale},
+            "best": {"value": self.best.value, "metrics": _json(self.best.metrics), "stale": self.best.stale},
+            "unsaid": list(unsaid),
             "trained": sorted(learner.trained),
             "moved": sorted(learner.moved),
             "micro": learner.batching.micro,
-            "records": folder.metrics.stat().st_size if folder.metrics.exists() else 0,
+            "records": folder.recorded(),
             "kept": between,
         }
         tensors = learner.tensors()
         changed = {name: tensors[name] for name in sorted(learner.moved | learner.trained) if name in tensors}
+        _refuse_unfinite({name: changed[name] for name in freezing.parameters(learner.model) if name in changed})
         moments = {
             f"{name}::{key}": value for name, part in learner.all_moments().items() for key, value in part.items()
         }
@@ -97,5 +105,22 @@ def resume(found: checkpoint.Checkpoint, learner: Learner, plan: Plan) -> Positi
     for key, value in (found.read("moments") if "moments" in found.groups else {}).items():
         name, _, part = key.rpartition("::")
         learner.moments.setdefault(name, {})[part] = value
-    best = Best(**state["best"], weights=found.read("best") if "best" in found.groups else {})
+    learner.batching = learner.batching.limited(state["micro"])
+    if learner.accelerator.is_main_process:
+        learner.loss_sum, learner.weight_sum = state["unsaid"]
+    metrics = {name: math.nan if value is None else value for name, value in state["best"]["metrics"].items()}
+    weights = found.read("best") if "best" in found.groups else {}
+    best = Best(state["best"]["value"], metrics, state["best"]["stale"], weights)
     return Position(state["stage"], state["stage_step"], best)
+
+
+def _refuse_unfinite(tensors: Tensors) -> None:
+    """Raise `RunError` where a weight is no number: a checkpoint of it would be what every later step goes on from."""
+    lost = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if lost:
+        raise RunError(f"{some(lost)} is no longer finite, so nothing of it is kept; lower the learning rate")
+
+
+def _json(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON takes them: what is no number is None."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -1,13 +1,15 @@
 """What the processes of a run must agree on: how many they are, and what the first of them has found.
 
 A process that fails alone leaves the others waiting for it, so whatever one of them does for all, all of them learn how
-it went before anyone goes on.
+it went before anyone goes on. What all of them find is told by the first alone.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +18,21 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 
-from engine.errors import REFUSED, RunError
+from engine.errors import CRASH, ENVIRONMENT, GUARD, REFUSED, EchoError, FrostlineError, RunError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=5)
-"""How long a process waits for another before the run ends; the default of half an hour hides a dead one."""
+"""How long a process waits for another within a step before the run ends; half an hour, the default, is a long time."""
+PATIENCE = timedelta(days=1)
+"""How long it waits while the first one does something for all: encoding rows, writing a checkpoint."""
+GRACE = 3.0
+"""Seconds within which a signal that comes again is the same one: launchers pass on what a terminal has sent to all."""
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out waiting|broken pipe|heartbeat", re.IGNORECASE)
+_patient: list[distributed.ProcessGroup] = []
 
 
 def launched() -> Accelerator:
@@ -30,30 +40,72 @@ def launched() -> Accelerator:
 
     Raises `RunError` where they disagree: every process would believe it is alone, or one would do the work of many.
     """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked == 1 and "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+        sentence = "`accelerate launch --cpu --num_processes N` starts one process, whatever N is"
+        raise RunError(f"{sentence}; use `--multi_gpu --num_processes N`, which runs on CPUs as well", REFUSED)
+    if asked > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        sentence = f"WORLD_SIZE says {asked} processes, but no launcher has told this one which of them it is"
+        raise RunError(f"{sentence}; use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
         raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        sentence = "`accelerate launch --cpu --num_processes N` starts one process, whatever N is"
-        raise RunError(f"{sentence}; use `--multi_gpu --num_processes N`, which runs on CPUs as well", REFUSED)
+    _patient[:] = [distributed.new_group(backend="gloo", timeout=PATIENCE)] if distributed.is_initialized() else []
     return accelerator
 
 
 def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Do something on the main process; every process gets its value, or raises the `RunError` that it raised."""
+    """Do something on the main process; every process gets its value, or fails as it failed, but in silence."""
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome = [action(), None]
-        except RunError as error:
-            outcome = [None, (str(error), error.exit_code)]
-    value, failed = broadcast_object_list(outcome)
+        except Exception as error:
+            failure, outcome = error, [None, _told(error)]
+    value, failed = _broadcast(outcome)
+    if failure:
+        raise failure
     if failed:
-        raise RunError(*failed)
+        raise EchoError(*failed)
     return value
+
+
+def first(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Do something on the main process, then, if it went well there, on all others, which find it in a cache."""
+    mine: list[T] = []
+    together(accelerator, lambda: mine.append(action()))
+    return mine[0] if mine else action()
+
+
+def alike(accelerator: Accelerator, sentence: str, exit_code: int = GUARD) -> RunError:
+    """What every process has found, as an error that only the main one tells."""
+    return (RunError if accelerator.is_main_process else EchoError)(sentence, exit_code)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    return str(error), error.exit_code if isinstance(error, FrostlineError) else CRASH
+
+
+def _broadcast(outcome: list[Any]) -> list[Any]:
+    if _patient:
+        distributed.broadcast_object_list(outcome, src=0, group=_patient[0], device=torch.device("cpu"))
+    return outcome
+
+
+@contextmanager
+def peers(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a process that is waited for in vain is one sentence: killed, cut off, or silent for too long."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        if accelerator.num_processes == 1 or not _LOST.search(words):
+            raise
+        what = f"another process of this run is gone or no longer answers ({words[:160]})"
+        raise RunError(f"{what}; the same command goes on from the last checkpoint", ENVIRONMENT) from error
 
 
 def agree(what: str, value: Any) -> None:
@@ -65,15 +117,21 @@ def agree(what: str, value: Any) -> None:
 
 @contextmanager
 def asked_to_stop(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls `stop` on the first SIGTERM or SIGINT instead of dying of it; a second one is let through."""
+    """Calls `stop` on SIGTERM, SIGINT or SIGHUP instead of dying of it; one that comes a while later is let through."""
     before: dict[int, Any] = {}
+    asked: list[float] = []
 
     def handle(number: int, _frame: Any) -> None:
-        signal.signal(number, before[number])
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > GRACE:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
         stop()
 
     try:
-        before |= {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` has a run outlive its terminal
+                before[number] = signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

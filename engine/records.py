@@ -55,6 +55,8 @@ class StageStarted(Event):
     """What becomes of the frozen prefix: replayed from the cache, or computed, and why."""
     replayed: float = 0.0
     """Share of a forward pass that is replayed from the cache and not computed."""
+    step: int = 0
+    """Steps of it that were done before: more than 0 where a run goes on in the middle of a stage."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def line(event: Event) -> str:
             return f"[dim]note[/]  {event.sentence}"
         case StageStarted():
             carried = f", {event.carried} moments carried over" if event.carried else ""
-            trains = f"{count(event.size)} parameters train for {event.steps:,} steps{carried}"
+            after = f", {event.step:,} of them done before" if event.step else ""
+            trains = f"{count(event.size)} parameters train for {event.steps:,} steps{after}{carried}"
             return f"[bold cyan]{event.stage}[/]  {trains}; {event.frozen}"
         case Step():
             rates = sorted(set(event.rates), reverse=True)

@@ -6,6 +6,7 @@ It trains nothing. Whatever is wrong is said here, before a model is downloaded 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from engine import checkpoint, data, models
 from engine.batches import batching
 from engine.durable import lock
+from engine.errors import PlanError, Problem
 from engine.folder import RunFolder
 from engine.learner import Learner
 from engine.load import Loaded
@@ -24,8 +26,8 @@ from engine.outline import Outline
 from engine.plan import Plan
 from engine.position import Position, resume
 from engine.prefix import Cache
-from engine.processes import asked_to_stop, launched, together
-from engine.proof import digests
+from engine.processes import asked_to_stop, first, launched, peers, together
+from engine.proof import Digests, digests
 from engine.recipe import Recipe
 from engine.records import Event, Note, Started
 from engine.tasks import Facts
@@ -68,12 +70,13 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
         together(accelerator, lambda: held.enter_context(lock(folder.path)) or None)
         if fresh:
             together(accelerator, folder.clear)
-        if together(accelerator, folder.finished):
+        if together(accelerator, lambda: folder.finished(loaded.source.resolved)):
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
+        held.enter_context(peers(accelerator))
         learner, plan, notes = _ready(loaded, root, runs / ".cache", accelerator)
         before, start = digests(learner.model), Start(learner.model)
-        position, skipped = _position(loaded, learner, plan, folder)
+        position, skipped = _position(loaded, learner, plan, folder, before)
         started = Started(
             name, plan.fingerprint, accelerator.num_processes, str(accelerator.device), learner.batching.reason
         )
@@ -99,17 +102,24 @@ def _cache(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Cache | No
     )
 
 
+def _refuse_half(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raise `PlanError` where weights of half precision would meet float32 ones in one product."""
+    if recipe.model.dtype != "float32" and accelerator.mixed_precision == "no":
+        what = f"what trains is float32 and can't be multiplied with {recipe.model.dtype} as it is"
+        launch = f"`accelerate launch --mixed_precision {'bf16' if recipe.model.dtype == 'bfloat16' else 'fp16'}`"
+        raise PlanError([Problem(("model", "dtype"), what, f"run it by {launch}, or leave the key out")])
+
+
 def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) -> tuple[Learner, Plan, tuple[str, ...]]:
     """The learner with its model and data, the plan, and what the user should know of them."""
     recipe = loaded.recipe
-    with accelerator.main_process_first():
-        rows = data.read(recipe, root)
+    together(accelerator, lambda: _refuse_half(recipe, accelerator))
+    rows = first(accelerator, lambda: data.read(recipe, root))
     models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train))  # refuse before any download
     bones = models.skeleton(recipe, rows.facts, root)
     processor = models.processor(recipe, root, bones)
     model = models.load(recipe, rows.facts, root, processor)
-    with accelerator.main_process_first():
-        encoded = data.encode(rows, recipe.task, processor)
+    encoded = first(accelerator, lambda: data.encode(rows, recipe.task, processor))
     plan, _ = models.draft(recipe, bones, len(encoded.train), model.random)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(
@@ -118,9 +128,11 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     return learner, plan, (*rows.notes, *encoded.notes, *model.notes)
 
 
-def _position(loaded: Loaded, learner: Learner, plan: Plan, folder: RunFolder) -> tuple[Position, list[str]]:
+def _position(
+    loaded: Loaded, learner: Learner, plan: Plan, folder: RunFolder, before: Digests
+) -> tuple[Position, list[str]]:
     """Where to begin, and what was passed over on the way: the newest whole checkpoint, or the very start."""
-    recipe, data_prints = loaded.source.resolved, {"train": learner.data.train.fingerprint}
+    recipe, prints = loaded.source.resolved, _prints(learner.data, before)
     accelerator = learner.accelerator
 
     def look() -> tuple[Path | None, list[str]]:
@@ -129,9 +141,9 @@ def _position(loaded: Loaded, learner: Learner, plan: Plan, folder: RunFolder) -
         if found is None:
             folder.clear()
         else:
-            folder.refuse_changes(recipe, data_prints, found.state["stage"])
-            folder.cut_records(found.state["records"])
-        folder.open(recipe, plan, accelerator.num_processes, data_prints)
+            folder.refuse_changes(recipe, prints, found.state["stage"] + (found.state["stage_step"] > 0))
+            skipped += filter(None, [folder.cut_records(found.state["records"])])
+        folder.open(recipe, plan, accelerator.num_processes, prints)
         return (found.path if found else None), skipped
 
     path, skipped = together(accelerator, look)
@@ -140,6 +152,13 @@ def _position(loaded: Loaded, learner: Learner, plan: Plan, folder: RunFolder) -
     found = checkpoint.verify(path)
     position = resume(found, learner, plan)
     return position, [*skipped, f"goes on from {found.name}"]
+
+
+def _prints(encoded: data.Encoded, before: Digests) -> dict[str, str]:
+    """The fingerprint of each split, and of the model that the run begins with."""
+    splits = {name: getattr(encoded, name) for name in ("train", "validation", "test")}
+    prints = {f"data.{name}": split.fingerprint for name, split in splits.items() if split is not None}
+    return {**prints, "model": hashlib.sha256(repr(sorted(before.items())).encode()).hexdigest()}
 
 
 def _recorded(events: Iterable[Event], accelerator: Accelerator, folder: RunFolder) -> Iterator[Event]:

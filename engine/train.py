@@ -11,16 +11,17 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from engine.errors import STOPPED, RunError
+from engine.errors import STOPPED
 from engine.folder import RunFolder
 from engine.learner import Learner
 from engine.movement import Start
 from engine.plan import Plan, Stage
 from engine.position import Best, Position
-from engine.processes import together
+from engine.processes import alike, together
 from engine.proof import Digests, compare, digests
 from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageStarted, Step
 
@@ -48,15 +49,13 @@ class Loop:
             yield self._judged(last, last.steps, "test")
             self._keep_confusion(last, last.steps, "test")
         self.learner.detach("merge")
-        model = self.folder.save_model(self.learner)
-        if self.learner.accelerator.is_main_process:
-            yield from self._proved()
-        yield Finished(model=str(model), seconds=time.perf_counter() - began)
+        yield from together(self.learner.accelerator, lambda: self.folder.save_model(self.learner, self._proved))
+        yield Finished(model=str(self.folder.model), seconds=time.perf_counter() - began)
 
     def _stage(self, stage: Stage) -> Iterator[Event]:
         began, position = time.perf_counter(), self.position
         carried = self.learner.enter(stage, resumed=position.step > 0)
-        yield StageStarted(stage.name, stage.size, stage.steps, carried, *self._prefix())
+        yield StageStarted(stage.name, stage.size, stage.steps, carried, *self._prefix(), position.step)
         reason = f"{stage.steps} steps done"
         clock = time.perf_counter()
         while position.step < stage.steps and not self._stale(stage):
@@ -72,18 +71,19 @@ class Loop:
             clock = time.perf_counter() if due else clock
         if self._stale(stage):
             reason = f"no gain in {self._metric(stage)} for {position.best.stale} evaluations"
-        yield self._end(stage, reason, began)
+        yield from self._end(stage, reason, began)
 
-    def _end(self, stage: Stage, reason: str, began: float) -> StageEnded:
+    def _end(self, stage: Stage, reason: str, began: float) -> Iterator[Event]:
         steps, best = self.position.step, self.position.best
         if best.weights and stage.restore_best:
             self.learner.restore(best.weights)
         moved = self.start.moved(self.learner.model, self.plan.layers)
         self.learner.leave()
         self.position.stage, self.position.step, self.position.best = stage.index + 1, 0, Best()
-        self._publish()
         seconds = time.perf_counter() - began
-        return StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner), moved)
+        # Told before the checkpoint is taken: whoever goes on from that finds all that happened before it on record.
+        yield StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner), moved)
+        self._publish()
 
     def _prefix(self) -> tuple[str, float]:
         """What becomes of the frozen prefix in words, and the share of a forward pass that is replayed."""
@@ -112,12 +112,14 @@ class Loop:
             self._publish()
         if self.learner.stopping:
             place = f"stage `{stage.name}`, step {step} of {stage.steps}"
-            raise RunError(f"stopped as asked at {place}; the same command goes on from there", STOPPED)
+            sentence = f"stopped as asked at {place}; the same command goes on from there"
+            raise alike(self.learner.accelerator, sentence, STOPPED)
 
     def _publish(self) -> None:
         """Write a checkpoint on the main process; where that fails, every process fails with it."""
-        accelerator = self.learner.accelerator
-        together(accelerator, lambda: self.position.publish(self.learner, self.plan, self.folder))
+        unsaid = self.learner.untaken_loss()
+        publish = self.position.publish
+        together(self.learner.accelerator, lambda: publish(self.learner, self.plan, self.folder, unsaid))
 
     # How well
 
@@ -149,9 +151,8 @@ class Loop:
         metrics = broadcast_object_list([judged.metrics])[0]
         if not math.isfinite(metrics[metric]):
             place = f"stage `{stage.name}`, step {judged.step}"
-            raise RunError(
-                f"{place}: `{metric}` is {metrics[metric]}, so nothing can be best; look at the validation rows"
-            )
+            sentence = f"{place}: `{metric}` is {metrics[metric]}, so nothing can be best; look at the validation rows"
+            raise alike(self.learner.accelerator, sentence)
         best = self.position.best
         gained = best.weigh(metric, metrics, stage.early_stopping.min_delta if stage.early_stopping else 0.0)
         if gained and stage.restore_best:
@@ -160,13 +161,14 @@ class Loop:
             self._keep_confusion(stage, judged.step, "validation")
         return replace(judged, best=gained)
 
-    def _proved(self) -> Iterator[Event]:
+    def _proved(self, saved: Path) -> list[Event]:
+        """What moved and what stood still, up to the files of the saved model."""
         learner = self.learner
-        proved = compare(self.before, digests(learner.model), learner.moved, learner.trained, self.folder.model)
-        yield proved
-        if proved.unmoved:
-            names = ", ".join(proved.unmoved[:3])
-            yield Note(f"{len(proved.unmoved)} tensors trained without ever getting a gradient: {names}")
+        proved = compare(self.before, digests(learner.model), learner.moved, learner.trained, saved)
+        if not proved.unmoved:
+            return [proved]
+        names = ", ".join(proved.unmoved[:3])
+        return [proved, Note(f"{len(proved.unmoved)} tensors trained without ever getting a gradient: {names}")]
 
 
 def _peak_bytes(learner: Learner) -> int:
