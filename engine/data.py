@@ -73,6 +73,13 @@ class Split:
         """The same rows, each an example by itself."""
         return self if self.members == 1 else Split(self._rows, self._prepare, self._by)
 
+    def with_column(self, name: str, values: Sequence[Any]) -> Split:
+        """The same rows with one more column, which follows from them and so leaves their fingerprint as it is."""
+        split = Split(self._rows.add_column(name, list(values)), self._prepare, self._by, self.members)
+        split.fingerprint = self.fingerprint
+        split.single.fingerprint = self.single.fingerprint
+        return split
+
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[int]:
         """The rows of which the examples at `indices` are made; these are the examples of `single`."""
         firsts = np.asarray(indices, dtype=np.int64)[:, None] * self.members

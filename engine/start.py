@@ -30,6 +30,7 @@ from engine.processes import asked_to_stop, first, launched, peers, together
 from engine.proof import Digests, digests
 from engine.recipe import Recipe
 from engine.records import Event, Note, Started
+from engine.reference import refer
 from engine.tasks import Facts
 from engine.train import Loop
 
@@ -120,6 +121,7 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     processor = models.processor(recipe, root, bones)
     model = models.load(recipe, rows.facts, root, processor)
     encoded = first(accelerator, lambda: data.encode(rows, recipe.task, processor))
+    encoded = refer(encoded, recipe.task, processor, model.model, accelerator)
     plan, _ = models.draft(recipe, bones, len(encoded.train), model.random)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(

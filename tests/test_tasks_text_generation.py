@@ -219,8 +219,8 @@ def test_padding_has_no_labels_though_it_ends_texts() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"title": "a"}, "neither `text`, nor `prompt` and `completion`, nor `messages` among"),
-        ({"prompt": "a"}, "neither `text`, nor `prompt` and `completion`"),
+        ({"title": "a"}, "no columns look like `text`, `prompt` and `completion`, or `messages`"),
+        ({"prompt": "a"}, "no columns look like `text`"),
         ({"text": ""}, "train.jsonl, row 1: `text` is empty"),
         ({"messages": [{"from": "human", "value": "a"}]}, "row 1: a message has no `role` or no `content`"),
         ({"messages": [{"role": "user", "content": "a"}]}, "row 1: the assistant says nothing"),

@@ -115,6 +115,15 @@ class Task(Part, ABC):
         """
         return False
 
+    @property
+    def refers(self) -> bool:
+        """Whether each encoded row needs to know what the model made of it before anything trained: a `reference`."""
+        return False
+
+    def reference(self, outputs: Any, batch: Mapping[str, Any]) -> Sequence[float]:
+        """One number for each row, of the model's outputs on `inputs(batch)`; kept as the column `reference`."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
         """A batch of rows (columns of equal length) as the model's inputs, `labels` included, unpadded.

@@ -16,25 +16,32 @@ from engine.tasks.base import Table
 from engine.tasks.columns import missing, wrong_kind
 
 Message = Mapping[str, Any]
-KEY: Key = ("data", "columns", "messages")
+KEY: Key = ("data", "columns")
 ASSISTANT = "assistant"
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What opens the assistant's words in a template, in transformers' dialect of Jinja."""
 FORM = "`[{role: user, content: ...}, {role: assistant, content: ...}]`"
 
 
-def bad_chats(table: Table) -> Problem | None:
-    """The problem of a column that isn't chats throughout; each has a turn of the assistant."""
+def looks_like(table: Table, name: str) -> bool:
+    """Whether a column holds lists, as chats are."""
     import pyarrow as pa
 
-    column = table.columns["messages"]
-    if problem := wrong_kind(table, "messages") or missing(table, "messages"):
+    kind = table.columns[name].type
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def bad_chats(table: Table, name: str = "messages") -> Problem | None:
+    """The problem of a column that isn't chats throughout; each has a turn of the assistant."""
+    column = table.columns[name]
+    if problem := wrong_kind(table, name) or missing(table, name):
         return problem
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        return Problem(KEY, f"{table.name}: `messages` holds {column.type} values, not lists of messages", FORM)
+    if not looks_like(table, name):
+        what = f"{table.name}: `{name}` holds {column.type} values, not lists of messages"
+        return Problem((*KEY, name), what, f"write {FORM}")
     for index, chat in enumerate(column):
         if wrong := _wrong(chat.as_py()):
-            return Problem(KEY, f"{table.row(index)}: {wrong}", f"write {FORM}")
+            return Problem((*KEY, name), f"{table.row(index)}: {wrong}", f"write {FORM}")
     return None
 
 

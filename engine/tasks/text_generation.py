@@ -1,7 +1,7 @@
 """Text generation: a language model goes on with plain texts, completes prompts, or answers in chats.
 
 What it learns to write has labels and all else has none: of a prompt and its completion the completion, of a chat what
-the assistant wrote. The mean loss is one over tokens, never one over examples.
+the assistant wrote. The mean loss is one over tokens, never one over examples; of preferences it is one over pairs.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from math import exp
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from engine.errors import PlanError, Problem
-from engine.tasks import chats, packing, texts
+from engine.tasks import chats, packing, preferences, texts
 from engine.tasks.base import TRUNCATED, Example, Facts, Table, Task
 from engine.tasks.columns import not_text, stop_at
 from engine.tasks.packing import Piece
 from engine.tasks.texts import IGNORED
 
-CHAT, COMPLETION, TEXT = "chat", "completion", "text"
+CHAT, COMPLETION, TEXT, PREFERENCE = "chat", "completion", "text", "preference"
 COLUMNS = {CHAT: ("messages",), COMPLETION: ("prompt", "completion"), TEXT: ("text",)}
 """How rows can be written, and by which columns each is known; the first whose columns are all there is taken."""
 
@@ -33,13 +33,14 @@ class TextGeneration(Task):
         "prompt": ("prompt", "instruction", "question", "input"),
         "completion": ("completion", "response", "output", "answer"),
         "text": ("text", "content", "document"),
+        "chosen": ("chosen",),
+        "rejected": ("rejected",),
     }
     optional = frozenset(columns)
     target = "completion"
     new_head = False
     windowed = True
     shifts = True
-    own_metrics = ("perplexity", "token_accuracy")
 
     type: Literal["text-generation"]
     max_length: Annotated[int, Field(ge=8)] | None = None
@@ -47,22 +48,53 @@ class TextGeneration(Task):
     next example, all else is cut."""
     packing: bool = False
     """Whether short texts share an example, without seeing each other, so that little is padding."""
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    """What is learnt: texts as they are, or by DPO to prefer the `chosen` of two answers to the `rejected`."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """With `dpo`: how strongly it holds to the model as it was."""
+
+    @model_validator(mode="after")
+    def _unpacked_pairs(self) -> TextGeneration:
+        if self.packing and self._dpo:
+            raise ValueError("`packing` is for `objective: likelihood`; a pair of answers is never torn apart")
+        return self
+
+    @property
+    def _dpo(self) -> bool:
+        return self.objective == "dpo"
+
+    @property
+    def refers(self) -> bool:
+        return self._dpo
+
+    @property
+    def smooths(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self._dpo
+
+    @property
+    def own_metrics(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return preferences.METRICS if self._dpo else ("perplexity", "token_accuracy")
 
     def facts(self, tables: Mapping[str, Table]) -> Facts:
         there = tables["train"].columns
-        form = next((form for form, names in COLUMNS.items() if all(name in there for name in names)), None)
+        known = {PREFERENCE: preferences.SIDES} if self._dpo else COLUMNS
+        form = next((form for form, names in known.items() if all(name in there for name in names)), None)
         if form is None:
-            what = f"there is neither `text`, nor `prompt` and `completion`, nor `messages` among {', '.join(there)}"
-            raise PlanError([Problem(("data", "columns"), what, "write `columns: {text: ...}` or the like")])
+            wanted = "`chosen` and `rejected`" if self._dpo else "`text`, `prompt` and `completion`, or `messages`"
+            then = f"write `columns: {{{'chosen' if self._dpo else 'text'}: ...}}` or the like"
+            raise PlanError([Problem(("data", "columns"), f"no columns look like {wanted}", then)])
         for table in tables.values():
-            stop_at([chats.bad_chats(table)] if form == CHAT else [not_text(table, name) for name in COLUMNS[form]])
-        rest = [f"`{name}`" for name in there if name not in COLUMNS[form]]
-        taken = " and ".join(f"`{name}`" for name in COLUMNS[form])
-        return Facts(form=form, notes=(f"trains on {taken}, not on {', '.join(rest)}",) if rest else ())
+            stop_at(_problems(table, form))
+        used = (*known[form], *(["prompt"] if self._dpo else []))
+        rest = [f"`{name}`" for name in there if name not in used]
+        taken = " and ".join(f"`{name}`" for name in known[form])
+        notes = (f"trains on {taken}, not on {', '.join(rest)}",) if rest else ()
+        return Facts(form=form, notes=notes, members=2 if self._dpo else 1)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
         most = self._most(processor)
-        pieces, lost = {CHAT: _chats, COMPLETION: _completions, TEXT: _texts}[facts.form](rows, processor, most)
+        form, rows = preferences.halves(rows) if self._dpo else (facts.form, rows)
+        pieces, lost = {CHAT: _chats, COMPLETION: _completions, TEXT: _texts}[form](rows, processor, most)
         if not self.packing:
             ids, labels = zip(*pieces, strict=True)
             return {"input_ids": list(ids), "labels": list(labels), TRUNCATED: lost}
@@ -85,6 +117,9 @@ class TextGeneration(Task):
                 packed = "position_ids" in example
                 mask = {} if packed else {"attention_mask": [1] * len(example["input_ids"])}
                 for name, values in {**example, **mask}.items():
+                    if name == preferences.REFERENCE:
+                        rows.setdefault(name, []).append(values)
+                        continue
                     # what pads a packed example is a text of its own, which nothing else sees
                     more = range(short) if name == "position_ids" else [padding[name]] * short
                     rows.setdefault(name, []).append([*values, *more])
@@ -97,18 +132,35 @@ class TextGeneration(Task):
             packing.refuse_leaks(model)
 
     def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {
-            **batch,
-            "use_cache": False,
-        }  # keys and values serve writing alone, and with them packed texts would see each other
+        beside = {"labels", preferences.REFERENCE} if self._dpo else set()
+        # keys and values serve writing alone, and with them packed texts would see each other
+        return {**{name: value for name, value in batch.items() if name not in beside}, "use_cache": False}
+
+    def forward(self, model: Any, batch: Mapping[str, Any]) -> Any:
+        outputs = model(**self.inputs(batch))
+        if self._dpo:
+            from torch.nn.functional import logsigmoid
+
+            found = preferences.likelihoods(outputs.logits, batch["labels"])
+            outputs["margins"] = preferences.margins(found, batch[preferences.REFERENCE], self.beta)
+            outputs["loss"] = -logsigmoid(outputs["margins"]).mean()
+        return outputs
+
+    def reference(self, outputs: Any, batch: Mapping[str, Any]) -> Sequence[float]:
+        return preferences.likelihoods(outputs.logits, batch["labels"]).tolist()
 
     def weight(self, batch: Mapping[str, Any]) -> int:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return len(batch["labels"]) // 2 if self._dpo else int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def answers(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Per example (surprise in nats, tokens guessed right) over its live tokens, and how many those are."""
+        """Per example (surprise in nats, tokens guessed right) over its live tokens, and how many those are.
+
+        Of preferences: the margin of each pair, which has to be above 0.
+        """
         from torch.nn.functional import cross_entropy
 
+        if self._dpo:
+            return outputs["margins"].tolist(), [0.0] * len(outputs["margins"])
         found, counts = [], []
         for scores, labels in zip(outputs.logits[:, :-1], batch["labels"][:, 1:], strict=True):
             # one example at a time and live tokens alone: in float32, a batch of logits would need twice its memory
@@ -121,6 +173,8 @@ class TextGeneration(Task):
     def score(
         self, predictions: Sequence[Any], references: Sequence[Any], names: Sequence[str], facts: Facts
     ) -> dict[str, float]:
+        if self._dpo:
+            return preferences.score(predictions, names)
         live = sum(references)
         surprise, hits = (float(sum(each)) for each in zip(*predictions, strict=True))
         if not live or not surprise / live < 700:  # the exponential of more is beyond a float
@@ -131,6 +185,12 @@ class TextGeneration(Task):
     def _most(self, processor: Any) -> int:
         own = texts.limit(self.max_length, processor) or texts.DEFAULT_LENGTH
         return self.max_length or min(own, texts.DEFAULT_LENGTH)
+
+
+def _problems(table: Table, form: str) -> list[Problem | None]:
+    if form == PREFERENCE:
+        return preferences.bad_rows(table)
+    return [chats.bad_chats(table)] if form == CHAT else [not_text(table, name) for name in COLUMNS[form]]
 
 
 def _texts(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
