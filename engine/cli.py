@@ -58,6 +58,8 @@ def plan(
     what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Print the stages as a list to paste into a recipe.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan into an SVG or PNG file as well.")] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Draw it for a dark page.")] = False,
     examples: Annotated[int | None, typer.Option(help="Plan for so many examples, and leave the data alone.")] = None,
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
 ) -> None:
@@ -67,6 +69,8 @@ def plan(
     loaded, name = one_recipe(what)
     with placed(loaded.source):
         drafted = start.draft(loaded, data_root, examples)
+    if picture:
+        screen.draw_plan(drafted.plan, picture, dark)
     if json:
         screen.print_json(drafted.plan)
     elif write:
@@ -89,6 +93,54 @@ def run(
     loaded, own_name = one_recipe(what)
     with placed(loaded.source):
         screen.follow(screen.console(), start.run(loaded, run_name(name or own_name), data_root, runs, fresh))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_FOLDER...", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Where a comparison of several runs goes.")] = Path("comparison.html"),
+) -> None:
+    """Write the report of a run anew, or one page that compares two to four runs; prints the file's name."""
+    from engine import comparison
+    from engine import report as reports
+
+    print(reports.write(runs[0]) if len(runs) == 1 else comparison.write(runs, to))
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="A model of the Hub, or a local folder.")],
+    task: Annotated[str, typer.Option(help="What to fine-tune for: a pipeline tag of the Hub.")],
+    data: Annotated[str, typer.Option(help="A data set of the Hub, or a local file or folder.")],
+    to: Annotated[Path, typer.Option(help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a first recipe, commented and checked, to be edited."""
+    from engine import drafting
+
+    print(drafting.write(model, task, data, to))
+
+
+@app.command()
+def ls(
+    what: Annotated[list[Path] | None, typer.Argument(metavar="FILE_OR_FOLDER...", show_default="recipes")] = None,
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+) -> None:
+    """List recipes and what came of their runs."""
+    from engine import listing, screen
+
+    screen.show_entries(screen.console(), listing.entries(recipes(what or [Path("recipes")]), runs))
+
+
+@app.command()
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="FILE_OR_RUN_FOLDER", show_default=False)],
+    new: Annotated[Path, typer.Argument(metavar="FILE_OR_RUN_FOLDER", show_default=False)],
+) -> None:
+    """Say what two recipes differ in, or the recipes of two runs."""
+    from engine import listing
+    from engine.source import clean
+
+    print("\n".join(map(clean, listing.changes(old, new))) or "They say the same.")
 
 
 @app.command()

@@ -161,7 +161,7 @@ def _fold(rows: Sequence[Row]) -> Row:
     first, last = rows[0], rows[-1]
     if len(rows) == 1:
         return first
-    name = f"{first.name}–{last.name.rpartition('.')[2]}"
+    name = f"{first.name}-{last.name.rpartition('.')[2]}"
     cells = []
     for index, cell in enumerate(first.cells):
         every = {value for row in rows for value in row.cells[index].learning_rates}
@@ -176,7 +176,7 @@ def rate(value: float) -> str:
 
 def rates(values: Sequence[float]) -> str:
     """One rate, or the highest and the lowest."""
-    return "–".join(rate(value) for value in dict.fromkeys((values[0], values[-1]))) if values else ""
+    return " to ".join(rate(value) for value in dict.fromkeys((values[0], values[-1]))) if values else ""
 
 
 INKS = {FROZEN: "bright_black", ADAPTERS: "yellow", WEIGHTS: "bright_red", PART: "red", BOTH: "bright_red"}
@@ -222,7 +222,7 @@ def _block(drawn: Picture, cell: Cell, stage: int) -> str:
 def _figures(columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
     """The numbers below a picture, one list a line."""
     return [
-        ("trains", [f"{count(column.size)}, {column.share:.1%}" for column in columns]),
+        ("trains", [f"{count(column.size)}, {portion(column.share)}" for column in columns]),
         ("learning rate", [rates(column.learning_rates) for column in columns]),
         ("steps", [f"{column.steps:,}" for column in columns]),
         ("optimizer + gradients", [weight(column.bytes) for column in columns]),
@@ -248,8 +248,10 @@ def weight(number: float) -> str:
 
 
 def portion(share: float) -> str:
-    """A share in percent that never rounds something to nothing."""
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+    """A share in percent, a small one to a tenth; something is never rounded to nothing."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
 
 
 LIGHT = {

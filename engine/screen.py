@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import astuple
+from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from ruamel.yaml import YAML
 
+from engine.errors import REFUSED, RunError
+from engine.listing import Entry
 from engine.openings import entries as stage_entries
 from engine.outline import Outline
-from engine.picture import INKS, MARKS, WORDS, count, picture, tables
+from engine.picture import INKS, MARKS, WORDS, count, picture, save, tables
 from engine.plan import Plan
 from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
+from engine.source import clean
 
 
 def console() -> Console:
@@ -54,6 +61,23 @@ def show_plan(console: Console, name: str, plan: Plan) -> None:
         console.print(
             "[yellow]order and cost of the modules are guessed from their sizes: this model can't be traced[/]"
         )
+
+
+def draw_plan(plan: Plan, path: Path, dark: bool) -> None:
+    """The plan as an SVG or PNG file; raises `RunError` where the file's ending is neither."""
+    if path.suffix not in (".svg", ".png"):
+        raise RunError(f"{path} is no picture's name: it ends in neither .svg nor .png", REFUSED)
+    save(plan.json(), path, dark)
+
+
+def show_entries(console: Console, entries: Iterable[Entry]) -> None:
+    """Recipes and runs as a table."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("recipe", "about", "run", "state", "result", "time"):
+        table.add_column(title)
+    for entry in entries:
+        table.add_row(*(escape(clean(part)) for part in astuple(entry)))
+    console.print(table if table.row_count else "There are no recipes and no runs here.", highlight=False)
 
 
 def follow(console: Console, events: Iterable[Event]) -> Event | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, models
+from engine import checkpoint, data, models, report
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
@@ -29,7 +29,7 @@ from engine.prefix import Cache
 from engine.processes import asked_to_stop, first, launched, peers, together
 from engine.proof import Digests, digests
 from engine.recipe import Recipe
-from engine.records import Event, Note, Started
+from engine.records import Event, Finished, Note, StageEnded, Started
 from engine.reference import refer
 from engine.tasks import Facts
 from engine.train import Loop
@@ -168,3 +168,15 @@ def _recorded(events: Iterable[Event], accelerator: Accelerator, folder: RunFold
         if accelerator.is_main_process:
             folder.record(event)
             yield event
+            if isinstance(event, StageEnded | Finished):
+                yield from _reported(folder)
+
+
+def _reported(folder: RunFolder) -> Iterator[Event]:
+    """Write the report of what is on record so far; no run ends for want of a page, but it says so."""
+    try:
+        report.write(folder.path)
+    except Exception as error:
+        note = Note(f"no report was written ({error}); `frostline report {folder.path}` tries again")
+        folder.record(note)
+        yield note
