@@ -166,7 +166,7 @@ class Learner:
         if not total:
             raise alike(self.accelerator, f"stage `{self.stage.name}`, step {step + 1}: not one label is live")
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
-            torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, step, micro.number))
+            _seed(self.recipe.seed, self.stage.index, step, micro.number)
             last = turn == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 self.shortcut.feed(self.data.train, micro.indices, batch)
@@ -264,7 +264,7 @@ class Learner:
             scratch = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
             short = False
             try:
-                torch.manual_seed(stable_seed(self.recipe.seed, self.stage.index, "canary"))
+                _seed(self.recipe.seed, self.stage.index, "canary")
                 with self.accelerator.autocast():
                     canary(self.model, scratch, lambda batch=batch: self._loss(self.model, batch), self.stage.name)
             except torch.OutOfMemoryError:
@@ -374,6 +374,13 @@ class Learner:
         """Every parameter and buffer, by its name in the bare model."""
         buffers = {freezing.bare(name): buffer for name, buffer in self.model.named_buffers()}
         return {**freezing.parameters(self.model), **buffers}
+
+
+def _seed(*parts: str | int) -> None:
+    """Let what a forward pass draws follow from `parts`: dropout from torch, SpecAugment's masks from numpy."""
+    seed = stable_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _smoother(recipe: Recipe) -> Any:

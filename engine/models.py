@@ -6,6 +6,7 @@ a permission, is one sentence.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
     with _said_plainly(recipe.model):
         written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
         _refuse_code(recipe.model, written)
+        _refuse_timm(recipe.model, written)
         return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **settings)
 
 
@@ -86,6 +88,18 @@ def _refuse_code(model: Model, written: Mapping[str, Any]) -> None:
         what = f"{model.path} asks for code of its own (`{key}` in its config.json), which never runs here"
         known = f"take a model that transformers knows itself, or a copy without `{key}` if its own class is meant"
         raise PlanError([Problem(PATH, what, known)])
+
+
+def _refuse_timm(model: Model, written: Mapping[str, Any]) -> None:
+    """Raise `RunError` for a timm model where timm can't be imported: it needs a torchvision that fits this torch."""
+    if "architecture" not in written or written.get("model_type", "timm_wrapper") != "timm_wrapper":
+        return
+    try:
+        importlib.import_module("timm")
+    except Exception as error:  # a torchvision built for another torch raises whatever it comes upon first
+        what = f"{model.path} is a timm model, and timm doesn't import here ({' '.join(str(error).split())[:120]})"
+        advice = "install timm with a torchvision built for this torch, or take a model that transformers knows itself"
+        raise RunError(f"{what}; {advice}", ENVIRONMENT) from error
 
 
 def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any:
@@ -172,7 +186,7 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Load
     recipe.task.trim(model)
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
-    notes = [*padded, *_grown(model, tokenizer)]
+    notes = [*padded, *_grown(model, tokenizer), *_mended(model)]
     notes += [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint have no place in this model")
@@ -191,7 +205,7 @@ def _pads_alike(settings: Any, tokenizer: Any) -> list[str]:
 
 def _grown(model: nn.Module, tokenizer: Any) -> list[str]:
     """Give the model a row of word embeddings for every token: new ones start as the mean of all, the seed aside."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or model.main_input_name != "input_ids":
         return []
     rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     if len(tokenizer) <= rows:
@@ -202,6 +216,22 @@ def _grown(model: nn.Module, tokenizer: Any) -> list[str]:
             if table is not None:
                 table.weight[rows:] = table.weight[:rows].mean(0)
     return [f"{len(tokenizer) - rows} new tokens start as the mean of the word embeddings"]
+
+
+def _mended(model: nn.Module) -> list[str]:
+    """Turn BatchNorm's momentum round where a config counts it as TensorFlow does: there it is what stays of the past.
+
+    EfficientNet's configs say 0.99, by which torch would forget all but the last batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.momentum or 0) > 0.5]
+    for norm in norms:
+        norm.momentum = round(1 - (norm.momentum or 0), 6)
+    if not norms:
+        return []
+    if getattr(model.config, "batch_norm_momentum", 0) > 0.5:
+        model.config.batch_norm_momentum = norms[0].momentum
+    said = f"{1 - norms[0].momentum:g} of the past is meant to stay: momentum {norms[0].momentum:g} in torch's words"
+    return [f"{len(norms)} BatchNorms keep almost nothing but the last batch as the config reads; {said}"]
 
 
 def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = ()) -> tuple[Plan, Outline]:

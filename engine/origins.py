@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from engine import packages
+from engine import mediafolders, packages
 from engine.errors import ENVIRONMENT, Key, PlanError, Problem, RunError
 from engine.recipe import Data
 
@@ -46,6 +46,8 @@ def find(data: Data, root: Path) -> Origin:
         _refuse_address(value, key)
     if data.path in BUILDERS:
         return _files(_by_split(data, root), data.path)
+    if data.path in mediafolders.FOLDERS:
+        return _media(data.path, _by_split(data, root), root)
     if data.path.startswith(packages.PREFIX) or _is_local(data.path, root):
         for key in ("name", "revision", "data_files"):
             if getattr(data, key) is not None:
@@ -54,7 +56,10 @@ def find(data: Data, root: Path) -> Origin:
         place = _locate(data.path, root, _PATH)
         if place.is_file():
             return _files({"train": (place,)})
-        return _files(_folder(place, root if place.is_relative_to(root.resolve()) else place))
+        base = root if place.is_relative_to(root.resolve()) else place
+        if not _has_tables(place) and (kind := mediafolders.kind(place)):
+            return _media(kind, mediafolders.splits(place), base)
+        return _files(_folder(place, base))
     return _hub(data, root)
 
 
@@ -132,6 +137,17 @@ def _folder(place: Path, root: Path) -> dict[str, tuple[Path, ...]]:
             raise PlanError([Problem(_PATH, what, f"keep one of them as the split `{split}`")])
         _contained(files, root)
     return found
+
+
+def _has_tables(place: Path) -> bool:
+    """Whether a folder holds files of rows, and not only a metadata.csv that says more of its pictures."""
+    return any(file.suffix in SUFFIXES and file.stem != "metadata" for file in place.iterdir() if file.is_file())
+
+
+def _media(builder: str, parts: Mapping[str, tuple[Path, ...]], root: Path) -> Origin:
+    """The splits of a folder of pictures or sounds."""
+    found = mediafolders.load(builder, parts, root, lambda file: _read((file,), file.name, None))
+    return Origin({split: f"split {split}" for split in found}, lambda split: found[split])
 
 
 def _contained(files: tuple[Path, ...], root: Path) -> None:

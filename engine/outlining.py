@@ -125,6 +125,8 @@ def sample(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(1, getattr(config, "num_channels", 3), *sides, device=device)}
     if name == "input_features":
         return {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device)}
+    if name == "input_values" and hasattr(config, "num_mel_bins"):  # a spectrogram, as AST takes it
+        return {name: torch.zeros(1, config.max_length, config.num_mel_bins, device=device)}
     if name == "input_values":
         return {name: torch.zeros(1, 16_000, device=device)}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -72,7 +72,8 @@ class Data(Part):
     shorthand = "path"
 
     path: str
-    """A data set of the Hub; one of `csv`, `json`, `parquet`, `text` with `data_files`; or a file or folder."""
+    """A data set of the Hub; a file or folder, also of pictures or sounds; or one of `csv`, `json`, `parquet`, `text`,
+    `imagefolder` and `audiofolder`, with `data_files`."""
     name: str | None = None
     """Configuration of a data set of the Hub."""
     revision: str | None = None
@@ -83,6 +84,9 @@ class Data(Part):
     """Which rows train and which rows judge."""
     columns: dict[str, str] = {}
     """Mapping from the task's column names to those of the data."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What becomes of rows whose picture or recording can't be decoded: the recipe is refused, or they are left out and
+    told of."""
 
 
 class Training(Part):

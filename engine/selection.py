@@ -9,19 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, ReadInstruction, concatenate_datasets
+from datasets import Audio, Dataset, Image, ReadInstruction, concatenate_datasets
 
 from engine.errors import Key, PlanError, Problem
 from engine.metrics import SINGLE
 from engine.origins import Origin
 from engine.randomness import stable_seed
 from engine.recipe import Splits
+from engine.tasks.files import content
 
-VALIDATION = ("validation", "dev", "valid")
+VALIDATION = ("validation", "dev", "valid", "val")
 """Names under which the split that judges is looked for. A test split is never taken unless the recipe names it."""
 HELD_OUT = 0.1
 """Share of the training rows that judges where the data have no split for it."""
@@ -99,18 +101,33 @@ def _overlap(role: str, part: Slice, train: Slice) -> Problem | None:
     return Problem(("data", "splits", role), what, "cut the slices so that they share none")
 
 
+def without(part: Slice, bad: Sequence[int]) -> Slice:
+    """The slice without the rows at the indices `bad`, which are in order; the others keep their row numbers."""
+    kept = np.delete(np.arange(len(part.rows)), list(bad))
+    numbers = [(split, number) for split, span in part.spans for number in span]
+    spans: list[tuple[str, range]] = []
+    for split, number in (numbers[index] for index in kept):
+        if spans and spans[-1][0] == split and spans[-1][1].stop == number:
+            spans[-1] = (split, range(spans[-1][1].start, number + 1))
+        else:
+            spans.append((split, range(number, number + 1)))
+    return Slice(part.name, part.rows.select(kept), tuple(spans))
+
+
 def arrow(rows: Dataset, column: str) -> pa.ChunkedArray:
     """A column of the chosen rows as Arrow holds it."""
     return rows.select_columns([column]).with_format("arrow")[:].column(column)
 
 
 def inputs(rows: Dataset, target: str | None) -> pa.ChunkedArray | None:
-    """One text per row that tells rows apart by all they are predicted from; None where that isn't text throughout."""
+    """One text per row that tells rows apart by all they are predicted from: texts, pictures, sounds; else None."""
     columns = []
     for name in rows.column_names:
         if name == target:
             continue
         values = arrow(rows, name)
+        if isinstance(rows.features[name], Image | Audio):
+            values = pa.chunked_array([[blake2b(content(file)).hexdigest() for file in rows[name]]])
         if pa.types.is_list(values.type) and pa.types.is_string(values.type.value_type):
             values = pc.binary_join(values, "\x1f")
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

@@ -1,7 +1,10 @@
 """The tasks, by the Hub's pipeline tags. A new one is a file here and a word in `TASKS`."""
 
+from engine.tasks.audio_classification import AudioClassification
 from engine.tasks.base import Example, Facts, Table, Task
 from engine.tasks.fill_mask import FillMask
+from engine.tasks.image_classification import ImageClassification
+from engine.tasks.image_segmentation import ImageSegmentation
 from engine.tasks.multiple_choice import MultipleChoice
 from engine.tasks.question_answering import QuestionAnswering
 from engine.tasks.sentence_similarity import SentenceSimilarity
@@ -21,6 +24,9 @@ TASKS = (
     TextGeneration,
     Summarization,
     Translation,
+    ImageClassification,
+    ImageSegmentation,
+    AudioClassification,
 )
 
 __all__ = ["TASKS", "Example", "Facts", "Table", "Task"]
