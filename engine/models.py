@@ -72,6 +72,7 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
     if facts.labels:
         settings["id2label"] = dict(enumerate(facts.labels))
         settings["label2id"] = {name: index for index, name in enumerate(facts.labels)}
+        settings.pop("num_labels", None)  # follows from their names; given besides them transformers warns of it
     if facts.problem:
         settings["problem_type"] = facts.problem
     place, revision = source(recipe.model, root), recipe.model.revision
