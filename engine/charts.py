@@ -14,6 +14,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 22.0, 26.0
 """Room around the plot for labels, in the chart's own units."""
 MOST_POINTS = 400
 """Points of a line at most: more than a chart has pixels for."""
+MOST_DOTS = 16
+"""Points of a line up to which each is drawn as a dot; more would hide the line."""
 
 Point = tuple[float, float]
 
@@ -148,7 +150,8 @@ def _line(series: Series, scale: _Scale, ends: Sequence[float]) -> Line:
     stages = [0 if series.dots else sum(x > end for end in ends) for x, _ in points]
     fresh = [index == 0 or stages[index - 1] != stage for index, stage in enumerate(stages)]
     path = "".join(f"{'M' if new else 'L'}{x:g} {y:g}" for new, (x, y) in zip(fresh, places, strict=True))
-    return Line(series.name, series.style, path, tuple(places) if series.dots or len(places) == 1 else ())
+    dotted = len(places) == 1 or (series.dots and len(places) <= MOST_DOTS)
+    return Line(series.name, series.style, path, tuple(places) if dotted else ())
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:

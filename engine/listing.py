@@ -37,10 +37,10 @@ def entries(recipes: Iterable[Path], runs: Path) -> Iterator[Entry]:
 
 def changes(old: Path, new: Path) -> list[str]:
     """What two recipes, or those of two runs, differ in: `key: old -> new`, defaults and `extends` filled in."""
-    meant = (
+    before, after = (
         load(path / "recipe.yaml" if path.is_dir() else path).recipe.model_dump(mode="json") for path in (old, new)
     )
-    return [line.strip() for _, line in differences(*meant)]
+    return [line.strip() for _, line in differences(before, after)]
 
 
 def _about(path: Path) -> str:

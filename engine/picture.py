@@ -287,7 +287,7 @@ def save(plan: Mapping[str, Any], path: Path, dark: bool = False) -> Path:
 
     drawn = picture(plan, folded=len(plan["layers"]) > MOST_ROWS)
     colours = DARK if dark else LIGHT
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "frostline", "font.family": "sans-serif", "font.size": 9.5}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "frostline", "font.family": "sans-serif", "font.size": 9.5}
     with matplotlib.rc_context(settings):
         figure = _figure(drawn, colours)
         metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
@@ -324,7 +324,10 @@ def _draw(axes: Any, x: int, y: int, cell: Cell, several: bool, colours: Mapping
     axes.add_patch(Rectangle((x, y), 0.94, 1, **box))
     if several and cell.learning_rates:
         ink = colours["ink"] if cell.kind == ADAPTERS else colours["paper"]
-        axes.text(x + 0.47, y + 0.5, rates(cell.learning_rates), color=ink, ha="center", va="center", size=8)
+        behind = {"facecolor": colours[cell.kind], "edgecolor": "none", "pad": 1.5}  # hatching would cross it out
+        axes.text(
+            x + 0.47, y + 0.5, rates(cell.learning_rates), color=ink, ha="center", va="center", size=8, bbox=behind
+        )
     if cell.line:
         axes.plot([x - 0.01, x + 0.95], [y + 1, y + 1], color=colours["line"], linewidth=3.2, solid_capstyle="round")
 
@@ -341,7 +344,12 @@ def _legend(axes: Any, drawn: Picture, colours: Mapping[str, str]) -> None:
     from matplotlib.patches import Patch
 
     signs: list[Any] = [
-        Patch(facecolor=colours[kind], hatch="////" if kind in (ADAPTERS, BOTH) else None, label=WORDS[kind])
+        Patch(
+            facecolor=colours[kind],
+            edgecolor=colours["paper"],
+            hatch="////" if kind in (ADAPTERS, BOTH) else None,
+            label=WORDS[kind],
+        )
         for kind in drawn.kinds
     ]
     signs.append(Line2D([], [], color=colours["line"], linewidth=3.2, label="frost line"))

@@ -32,7 +32,7 @@ FLOORS = """
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run schema"
+COMMANDS = "check plan run report init ls diff schema"
 
 
 def label(file: Path) -> str:
