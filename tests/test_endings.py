@@ -314,21 +314,22 @@ def test_a_gradient_that_is_no_number(root: Path, whole: Path, ranks: int):
 
 
 def test_a_weight_that_is_no_number_is_never_kept(root: Path):
-    """In the last step of a stage: no later gradient tells of it."""
+    """A checkpoint is due before any gradient or metric can tell of it."""
     last = learner.Learner._move
 
     def plant(_rank: int) -> None:
         def overflow(self: learner.Learner, step: int) -> float:
             norm = last(self, step)
-            if self.stage.name == "top" and step == 4:
+            if self.stage.name == "top" and step == 1:
                 with torch.no_grad():
                     self.parameters[0].view(-1)[0] = float("inf")
             return norm
 
         learner.Learner._move = overflow
 
-    staged.write(root, **changed(stages=[STAGES[0], {**STAGES[1], "restore_best": False}], evaluation={}))
+    staged.write(root, **{**training(save_steps=1), "evaluation": {"eval_steps": 100}})
     assert staged.run(root, plant=plant) == [5]
+    assert "is no longer finite, so nothing of it is kept" in sentence(root)
     assert never_unfinite(root)
 
 

@@ -16,7 +16,7 @@ import accelerate
 import pytest
 import staged
 
-from engine import freezing, learner, processes
+from engine import data, freezing, learner, processes
 from engine.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -91,11 +91,11 @@ def test_micro_batches_stay_what_they_were_when_the_devices_become_fewer(one: Pa
 
 
 def test_an_evaluation_is_the_same_on_one_two_and_three(one: Path, tmp_path: Path):
-    """13 rows in chunks of 4, and weights that don't move, so that nothing else can differ."""
+    """13 rows one by one, so that the order of their sum would tell, and weights that stand still."""
     still = [{"name": "head", "steps": 4, "learning_rate": 1e-30}]
     judged = []
     for ranks in (1, 2, 3):
-        root = fresh(one, tmp_path / str(ranks), stages=still, evaluation={"eval_steps": 2, "batch_size": 4})
+        root = fresh(one, tmp_path / str(ranks), stages=still, evaluation={"eval_steps": 2, "batch_size": 1})
         assert staged.run(root, ranks=ranks) == [0] * ranks
         judged.append([event["metrics"] for event in staged.history(root) if event["event"] == "evaluated"])
     assert judged[0] == judged[1] == judged[2]
@@ -107,8 +107,15 @@ def test_early_stopping_is_decided_once(one: Path, tmp_path: Path):
 
     def plant(rank: int) -> None:
         evaluate = learner.Learner.evaluate
+        turns = itertools.count()
+
+        def ever_better(self: learner.Learner, split: data.Split) -> dict[str, float]:
+            evaluate(self, split)
+            turn = float(next(turns))
+            return {"loss": -turn, "accuracy": turn}
+
         if rank == 1:
-            learner.Learner.evaluate = lambda self, split: {"loss": -len(evaluate(self, split)), "accuracy": 0.0}
+            learner.Learner.evaluate = ever_better
 
     root = fresh(one, tmp_path)
     assert staged.run(root, ranks=2, plant=plant) == [0, 0], staged.said(root, 1)
@@ -139,6 +146,25 @@ def test_a_silent_process_ends_the_run(one: Path, tmp_path: Path, monkeypatch: p
     finally:
         os.kill(second, signal.SIGKILL)
         staged.ends([second])
+
+
+@pytest.mark.slow
+def test_a_first_process_that_is_long_at_work_is_waited_for(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A million rows take longer to encode than a process may be silent within a step."""
+    monkeypatch.setattr(processes, "TIMEOUT", processes.timedelta(seconds=5))
+
+    def plant(rank: int) -> None:
+        encode = data.encode
+
+        def slowly(*arguments: object) -> data.Encoded:
+            time.sleep(12 * (rank == 0))
+            return encode(*arguments)
+
+        data.encode = slowly
+
+    root = fresh(one, tmp_path)
+    assert staged.run(root, ranks=2, plant=plant) == [0, 0], staged.said(root, 1)
+    assert same(one, root)
 
 
 def test_a_failure_of_the_first_is_told_once(one: Path, tmp_path: Path):
