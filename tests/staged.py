@@ -13,6 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def _be_rank(root: Path, arguments: list[str], environment: Mapping[str, str], r
         out = os.open(root / f"rank-{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's own write elsewhere
+        # pytest's own write elsewhere; a rank that is forked from a rank must not close what it replaces
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         if plant:
             plant(rank)
         cli.main(arguments)
@@ -126,8 +128,9 @@ def _be_rank(root: Path, arguments: list[str], environment: Mapping[str, str], r
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a child that came back from here would run the tests once more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
