@@ -37,8 +37,10 @@ class Shortcut:
         self.line.train_mode() if self.line else freezing.train_mode(self.model)
 
     def replaying(self) -> AbstractContextManager[Any]:
-        """Inside, forward passes cost what lies above the line; nothing changes where nothing is kept."""
-        return self.line.replaying() if self.line and self.prefixes else nullcontext()
+        """Inside, forward passes cost what lies above the line, or draw at random just what they would draw there."""
+        if self.line is None:
+            return nullcontext()
+        return self.line.replaying() if self.prefixes else self.line.recomputing()
 
     def feed(self, split: Split, indices: Sequence[int], batch: Mapping[str, Any]) -> None:
         """Before a forward pass on the examples `indices` of a split, collated into `batch`."""
