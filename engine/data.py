@@ -193,6 +193,8 @@ def encode(rows: Rows, task: Task, processor: Any) -> Encoded:
         kept = encoded.remove_columns([name for name in (TRUNCATED,) if name in encoded.column_names])
         return Split(kept, members=rows.facts.members)
 
+    splits = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    task.fit({name: dataset for name, dataset in splits.items() if dataset is not None}, processor)
     train = split("train", rows.train)
     assert train is not None
     return Encoded(train, split("validation", rows.validation), split("test", rows.test), tuple(notes))
@@ -322,6 +324,8 @@ def _identity(processor: Any) -> str:
         said += [{key: value for key, value in state.items() if key not in ("truncation", "padding")}]
         said += [tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side]
         said += [str(tokenizer.special_tokens_map), tokenizer.chat_template]
+    elif hasattr(tokenizer, "get_vocab"):
+        said += [sorted(tokenizer.get_vocab().items())]
     said += [processor.to_json_string()] if hasattr(processor, "to_json_string") else []
     return blake2b(repr((type(processor).__name__, said)).encode(), digest_size=16).hexdigest()
 

@@ -1,6 +1,7 @@
 """The tasks, by the Hub's pipeline tags. A new one is a file here and a word in `TASKS`."""
 
 from engine.tasks.audio_classification import AudioClassification
+from engine.tasks.automatic_speech_recognition import AutomaticSpeechRecognition
 from engine.tasks.base import Example, Facts, Table, Task
 from engine.tasks.fill_mask import FillMask
 from engine.tasks.image_classification import ImageClassification
@@ -27,6 +28,7 @@ TASKS = (
     ImageClassification,
     ImageSegmentation,
     AudioClassification,
+    AutomaticSpeechRecognition,
 )
 
 __all__ = ["TASKS", "Example", "Facts", "Table", "Task"]

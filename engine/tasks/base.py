@@ -17,6 +17,7 @@ from engine.part import Part
 
 if TYPE_CHECKING:
     import pyarrow
+    from datasets import Dataset
 
 Example = dict[str, Any]
 """One example as the model takes it, unpadded, labels included."""
@@ -131,6 +132,9 @@ class Task(Part, ABC):
         A pure function of its arguments. It may add the column `TRUNCATED`, and columns that `collate` drops or that
         only `answers` reads. Rows may be more than came in: `members` for each, or `windowed`.
         """
+
+    def fit(self, splits: Mapping[str, Dataset], processor: Any) -> None:
+        """Raise `PlanError` where rows that are encoded as they are read don't fit the processor; asked once."""
 
     @abstractmethod
     def collate(self, processor: Any) -> Callable[[Sequence[Example]], Mapping[str, Any]]:

@@ -39,6 +39,12 @@ def read(value: File, rate: int, seconds: float | None = None) -> np.ndarray:
     return mono.astype(np.float32)
 
 
+def seconds(value: File) -> float:
+    """How long a recording lasts. Raises as `read` does."""
+    samples, rate = _decoded(value)
+    return len(samples) / rate
+
+
 def check(value: File) -> None:
     """Decode a recording to see whether it is whole and long enough. Raises as `read` does."""
     _decoded(value)
