@@ -72,8 +72,6 @@ def save(folder: Path, **config: Any) -> None:
     extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=senses.RATE, return_attention_mask=True)
     settings = {"vocab_size": len(VOCABULARY), "mask_time_prob": 0.0, **config}
     senses.wav2vec2("ForCTC", **settings).save_pretrained(folder)
-        folder
-    )
     transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
 
 
