@@ -64,7 +64,7 @@ class StageEntry(Lasting):
     unfreeze: Patterns = ()
     """Patterns to unfreeze, after `freeze`: the last word wins."""
     learning_rate: Rate | dict[str, Rate] | None = None
-    """One rate, or a mapping from pattern to rate where the last match wins and `training.learning_rate` is the rest."""
+    """One rate, or a mapping from pattern to rate: the last match wins, `training.learning_rate` is the rest."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """In place of `training.weight_decay`."""
     warmup_steps: Annotated[float, Field(ge=0)] | None = None
