@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -107,14 +108,17 @@ def test_every_requirement_is_pinned() -> None:
 
 
 def required(package: str) -> set[str]:
-    """What a package needs on this machine; of Frostline the tests' extras as well."""
-    try:
-        requirements = [Requirement(line) for line in requires(package) or []]
-    except PackageNotFoundError:
-        return set()
-    extras = ["", "test", "summarization", "translation"] if package == "frostline" else [""]
-    wanted = [r for r in requirements if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
-    return {canonical(requirement.name) for requirement in wanted}
+    """What a package needs on this machine; for Frostline what pyproject.toml says, whatever is installed of it."""
+    if package == "frostline":
+        project = tomllib.loads(_venv.PYPROJECT.read_text())["project"]
+        lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    else:
+        try:
+            lines = requires(package) or []
+        except PackageNotFoundError:  # an extra that is not installed here
+            return set()
+    wanted = [each for each in map(Requirement, lines) if not each.marker or each.marker.evaluate({"extra": ""})]
+    return {canonical(each.name) for each in wanted}
 
 
 def canonical(name: str) -> str:
