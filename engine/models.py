@@ -159,7 +159,7 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     with torch.device("meta"), _said_plainly(recipe.model), quietly():
         model = kind.from_config(settings, trust_remote_code=False)
     recipe.task.trim(model)
-    return model
+    return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
 
 def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Loaded:

@@ -19,11 +19,13 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.
 
 @pytest.fixture(scope="module", autouse=True)
 def questions() -> None:
-    """The data of the recipes that read data/, written once from an installed package."""
+    """The data of the recipes that read data/, and a model in it, made once from installed packages."""
     sys.path.append(str(ROOT / "scripts"))
+    import _digits
     import _questions
 
     _questions.prepare(ROOT / "data")
+    _digits.prepare(ROOT / "data")
 
 
 def test_there_are_recipes() -> None:

@@ -98,6 +98,10 @@ def test_spectrograms_train_as_well(root: Path, family: str) -> None:
     assert [event.step for event in running.events(happened, Evaluated)] == [2]
 
 
+def test_plan_measures_a_skeleton_with_a_parameter_of_its_own_mind(root: Path) -> None:
+    assert running.draft(root, task="audio-classification").outline.measured
+
+
 def save(family: str, folder: Path) -> None:
     if family == "Whisper":
         extract: Any = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
