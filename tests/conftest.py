@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 # before any test imports what reads them
 os.environ |= {
@@ -13,3 +17,14 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "agg",
 }
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Each test, and each rank that it forks, finds accelerate as a new process does: it remembers its first launch."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
