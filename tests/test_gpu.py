@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
