@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.adapters import attach
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
+from engine.optim import schedule_problems
 from engine.outline import Outline
 from engine.outlining import outline
 from engine.packages import PREFIX, locate
@@ -242,7 +243,10 @@ def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ..
     for attachment in wanted:
         put(bones, attachment)
     full = outline(bones, random, bare) if wanted else bare
-    return make(recipe, full, examples), full
+    plan = make(recipe, full, examples)
+    if problems := schedule_problems(plan.stages):
+        raise PlanError(problems)
+    return plan, full
 
 
 def put(model: nn.Module, attachment: Attachment) -> None:

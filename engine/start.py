@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, models, report
+from engine import checkpoint, data, models, optim, report
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
@@ -117,6 +117,7 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     together(accelerator, lambda: _refuse_half(recipe, accelerator))
     rows = first(accelerator, lambda: data.read(recipe, root))
     models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train))  # refuse before any download
+    optim.obtain(recipe.training)
     bones = models.skeleton(recipe, rows.facts, root)
     processor = models.processor(recipe, root, bones)
     model = models.load(recipe, rows.facts, root, processor)
