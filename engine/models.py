@@ -33,7 +33,7 @@ from engine.recipe import Model, Recipe
 from engine.tasks import Facts
 
 PATH = ("model", "path")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _UNLIMITED = 10**30
 """What a tokenizer without a limit says."""
 
@@ -54,15 +54,19 @@ def source(model: Model, root: Path) -> str:
     path = model.path
     if path.startswith(PREFIX):
         return str(locate(path, PATH))
-    place = (root / path).resolve()
-    inside = place.is_relative_to(root.resolve())
-    if inside and place.is_dir():
-        return str(place)
-    # transformers would take a folder of the current directory, wherever the root is
-    if not inside or Path(path).exists():
+    try:
+        place = (root / path).resolve()
+        inside = place.is_relative_to(root.resolve())
+        if inside and place.is_dir():
+            return str(place)
+        # transformers would take a folder of the current directory, wherever the root is
+        outside, named = not inside or Path(path).exists(), _HUB_NAME.fullmatch(path)
+    except (OSError, ValueError, RuntimeError):  # a name too long, with a null character, or a loop of links
+        outside, named = False, None
+    if outside:
         raise PlanError([Problem(PATH, f"`{path}` lies outside the data root", "move it below or choose another root")])
-    if not _HUB_NAME.fullmatch(path):
-        what = f"`{path}` is no folder below the data root, and no name of the Hub"
+    if not named:
+        what = f"`{path[:96]}` is no folder below the data root, and no name of the Hub"
         raise PlanError([Problem(PATH, what, "paths start at the data root; names of the Hub look like `owner/name`")])
     return path
 
