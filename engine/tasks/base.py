@@ -123,7 +123,7 @@ class Task(Part, ABC):
 
     def reference(self, outputs: Any, batch: Mapping[str, Any]) -> Sequence[float]:
         """One number for each row, of the model's outputs on `inputs(batch)`; kept as the column `reference`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} refers to nothing")
 
     @abstractmethod
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
@@ -180,7 +180,7 @@ class Task(Part, ABC):
 
     def write(self, model: Any, batch: Mapping[str, Any], processor: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """What the model writes by itself for a batch, and what it should: `answers` of a task that `writes`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} writes nothing")
 
     def default_metrics(self, facts: Facts) -> tuple[str, ...]:
         """The metrics to compute where the recipe names none; the first decides what is best."""
