@@ -32,6 +32,19 @@ class Adapter(Part):
         return dict(self.__pydantic_extra__ or {})
 
 
+SPOKEN_FOR = {
+    "modules_to_save": "unfreeze these modules in a stage",
+    "bias": "unfreeze `@biases` in a stage",
+    "trainable_token_indices": "unfreeze the embeddings in a stage",
+    "layers_to_transform": "name the layers in `target_modules`",
+    "layers_pattern": "name the layers in `target_modules`",
+    "target_parameters": "name modules in `target_modules`",
+    "inference_mode": "what trains is what stages unfreeze",
+    "peft_type": "that is `type`",
+}
+"""Fields of PEFT's configs that a recipe has its own words for: here they would do nothing, or break the names."""
+
+
 def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftConfig:
     """The real PEFT config of an adapter on exactly the named modules.
 
@@ -50,6 +63,14 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
         raise ValueError(
             f"`{unknown[0]}` is no field of PEFT's {config_class.__name__}; it has {', '.join(sorted(known))}"
         )
+    if field := next((name for name in SPOKEN_FOR if fields.get(name, "none") != "none"), None):
+        raise ValueError(f"`{field}` has no say in a recipe: {SPOKEN_FOR[field]}")
+    if kind == "adalora":
+        raise ValueError("`adalora` spends its budget of ranks in a call after each step, and no stage makes one")
+    if (start := fields.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"`init_lora_weights: {start}` rewrites the weights below it, and frozen ones stay as they are"
+        )
     if "target_modules" not in known:
         raise ValueError(f"`{kind}` goes to a model as a whole and not to modules; stages can't freeze or thaw it yet")
     try:
@@ -59,11 +80,43 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
 
 
 def attach(model: nn.Module, name: str, config: PeftConfig) -> None:
-    """Put an adapter called `name` on the modules its config lists, in place, beside those that are there already."""
+    """Put an adapter called `name` on the modules its config lists, in place, beside those that are there already.
+
+    Raises `ValueError` where PEFT can't.
+    """
+    from warnings import catch_warnings, filterwarnings
+
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model, adapter_name=name)
+    try:
+        with catch_warnings():
+            filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what a recipe may ask for
+            inject_adapter_in_model(config, model, adapter_name=name)
+    except (NotImplementedError, RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(f"PEFT can't put it on this model: {' '.join(str(error).split())}") from error
     _activate(model)
+
+
+def try_merging(model: nn.Module) -> None:
+    """Merge a copy of one layer of each kind that is adapted, so that a run doesn't fail at its end.
+
+    The copies hold zeros, so `model` may lie on the meta device. Raises `ValueError`.
+    """
+    from copy import deepcopy
+
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {type(layer): layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    for kind, layer in layers.items():
+        copy = deepcopy(layer).to_empty(device="cpu")
+        for tensor in (*copy.parameters(), *copy.buffers()):
+            tensor.data.zero_()
+        try:
+            copy.merge()
+        except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            said = " ".join(str(error).split()) or "not implemented"
+            what = f"PEFT can't merge it into a {kind.__name__} ({said}), so no run could save what it learned"
+            raise ValueError(what) from error
 
 
 def detach(model: nn.Module, how: str) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from engine.adapters import attach
+from engine.adapters import attach, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
 from engine.optim import schedule_problems
@@ -245,7 +245,7 @@ def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ..
     bare = outline(bones, random)
     wanted = attachments(recipe, bare)
     for attachment in wanted:
-        put(bones, attachment)
+        put(bones, attachment, tried=True)
     full = outline(bones, random, bare) if wanted else bare
     plan = make(recipe, full, examples)
     if problems := schedule_problems(plan.stages):
@@ -253,10 +253,12 @@ def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ..
     return plan, full
 
 
-def put(model: nn.Module, attachment: Attachment) -> None:
-    """Attach an adapter; raises `PlanError` where PEFT refuses it."""
+def put(model: nn.Module, attachment: Attachment, tried: bool = False) -> None:
+    """Attach an adapter; raises `PlanError` where PEFT refuses it, or couldn't merge it where that is `tried` too."""
     try:
         attach(model, attachment.name, adapter_config(attachment.kind, attachment.fields, attachment.targets))
+        if tried:
+            try_merging(model)
     except ValueError as error:
         raise PlanError([Problem(attachment.key, str(error))]) from error
 
