@@ -119,7 +119,7 @@ def test_kinds_that_no_run_could_end_with(tmp_path: Path, kind: str) -> None:
         ("bias", "all", "unfreeze `@biases` in a stage"),
         ("layers_to_transform", [1], "name the layers in `target_modules`"),
         ("inference_mode", True, "what trains is what stages unfreeze"),
-        ("init_lora_weights", "pissa", "rewrites weights below it"),
+        ("init_lora_weights", "pissa", "rewrites the weights below it"),
         ("r", 0, "`r` should be a positive integer value"),
     ],
 )
