@@ -68,9 +68,7 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
     if kind == "adalora":
         raise ValueError("`adalora` spends its budget of ranks in a call after each step, and no stage makes one")
     if (start := fields.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(
-            f"`init_lora_weights: {start}` rewrites the weights below it, but frozen ones never move")
-        )
+        raise ValueError(f"`init_lora_weights: {start}` rewrites the weights below it, but frozen ones never move")
     if "target_modules" not in known:
         raise ValueError(f"`{kind}` goes to a model as a whole and not to modules; stages can't freeze or thaw it yet")
     try:
