@@ -31,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_caches = typer.Typer(no_args_is_help=True, help="Look at the activations that runs have kept, or take them away.")
+app.add_typer(_caches, name="cache")
+
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*([.\[].*?)?=", re.DOTALL)
 
 
@@ -151,6 +154,33 @@ def schema() -> None:
     from engine.schema import schema
 
     print(json.dumps(schema(), indent=2))
+
+
+@_caches.command("ls")
+def cache_ls(
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+) -> None:
+    """List what is kept: of which model, at which modules, how large, and when it was last used."""
+    from engine import screen, store
+
+    folder = runs / store.FOLDER
+    screen.show_kept(screen.console(), folder, store.listed(folder), store.usage(folder))
+
+
+@_caches.command("clear")
+def cache_clear(
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+    keep: Annotated[float, typer.Option(min=0, help="Gigabytes of what was used last that may stay.")] = 0.0,
+) -> None:
+    """Take away what is kept; a run that needs it computes it anew, and one that is under way reads on."""
+    from engine import store
+    from engine.picture import weight
+
+    folder = runs / store.FOLDER
+    before = store.usage(folder)
+    store.evict(folder, round(keep * 1e9)) if keep else store.clear(folder)
+    after = store.usage(folder)
+    print(f"{folder}: {weight(before - after)} freed, {weight(after)} left")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from math import ceil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import capturing
 from engine.capturing import Collate, Source, Survey
@@ -215,11 +215,19 @@ class _Keeping:
         lines, surveys = [self.lines[place] for place in missing], [self.surveys[place] for place in missing]
         with ExitStack() as stack:
             writers = [
-                stack.enter_context(Writer(self.cache.folder, names[place], line.cuts, len(indices), dtype))
+                stack.enter_context(
+                    Writer(self.cache.folder, names[place], line.cuts, len(indices), dtype, about(line.model))
+                )
                 for place, line in zip(missing, lines, strict=True)
             ]
             capturing.run(lines, surveys, writers, self.source, self.collate, indices, self.cache.batch_size, done)
             return [writer.publish() for writer in writers]
+
+
+def about(model: nn.Module) -> str:
+    """A model for people: its class, and the last part of where it came from."""
+    origin = PurePath(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")).name
+    return f"{type(model).__name__} of {origin}" if origin else type(model).__name__
 
 
 def content(line: Line, fingerprint: str, batch: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import astuple
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,11 +20,14 @@ from engine.errors import REFUSED, RunError
 from engine.listing import Entry
 from engine.openings import entries as stage_entries
 from engine.outline import Outline
-from engine.picture import INKS, MARKS, WORDS, count, picture, save, tables
+from engine.picture import INKS, MARKS, WORDS, count, picture, save, tables, weight
 from engine.plan import Plan
 from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
 from engine.source import clean
+
+if TYPE_CHECKING:
+    from engine.store import Kept
 
 
 def console() -> Console:
@@ -78,6 +83,21 @@ def show_entries(console: Console, entries: Iterable[Entry]) -> None:
     for entry in entries:
         table.add_row(*(escape(clean(part)) for part in astuple(entry)))
     console.print(table if table.row_count else "There are no recipes and no runs here.", highlight=False)
+
+
+def show_kept(console: Console, folder: Path, kept: Iterable[Kept], total: int) -> None:
+    """The activations that runs have kept, as a table."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title, side in (("model", "left"), ("kept at", "left"), ("rows", "right"), ("type", "left"), ("size", "right")):
+        table.add_column(title, justify=side)
+    table.add_column("last used")
+    for one in kept:
+        used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
+        words = (one.about or "not written down", ", ".join(one.cuts), f"{one.rows:,}", one.dtype, weight(one.size))
+        table.add_row(*(escape(clean(word)) for word in (*words, used)))
+    if table.row_count:
+        console.print(table, highlight=False)
+    console.print(f"{escape(str(folder))} takes {weight(total)}.", highlight=False, soft_wrap=True)
 
 
 def follow(console: Console, events: Iterable[Event]) -> Event | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, models, optim, report
+from engine import checkpoint, data, models, optim, report, store
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
@@ -75,7 +75,7 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
         held.enter_context(peers(accelerator))
-        learner, plan, notes = _ready(loaded, root, runs / ".cache", accelerator)
+        learner, plan, notes = _ready(loaded, root, runs / store.FOLDER, accelerator)
         before, start = digests(learner.model), Start(learner.model)
         position, skipped = _position(loaded, learner, plan, folder, before)
         started = Started(

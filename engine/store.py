@@ -13,9 +13,11 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +31,8 @@ from engine.errors import ENVIRONMENT, RunError
 
 FORMAT = 1
 """The version of the layout; a store of any other is missing."""
+FOLDER = ".cache"
+"""Its name among the folders of runs."""
 HEADER, CLAIM = "header.json", "claim"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
@@ -112,8 +116,12 @@ def quantised(row: Tensor) -> tuple[Tensor, Tensor]:
 class Writer:
     """A store in the making: inside `with`, `put` every row once and `publish`; otherwise nothing is left of it."""
 
-    def __init__(self, folder: Path, name: str, cuts: Sequence[str], count: int, dtype: Dtype = "float32"):
+    def __init__(
+        self, folder: Path, name: str, cuts: Sequence[str], count: int, dtype: Dtype = "float32", about: str = ""
+    ):
+        """`about` is for people alone: whose activations these are."""
         own(folder)
+        self.about = about
         self.folder, self.name, self.cuts, self.count, self.dtype = folder, name, tuple(cuts), count, dtype
         self.staging = durable.stage(folder)
         self.claim = _claimed(self.staging)
@@ -139,7 +147,7 @@ class Writer:
         """Seal it, give it its name and open it; if another writer was first, theirs is as good."""
         files = dict(file for column in self.columns for file in column.close())
         facts = {"format": FORMAT, "name": self.name, "dtype": self.dtype, "count": self.count, "cuts": self.cuts}
-        header = facts | {"files": files}
+        header = facts | {"about": self.about, "files": files}
         sealed = durable.json_bytes(header | {"seal": durable.json_digest(header)})
         durable.write(self.staging / HEADER, sealed)
         (self.staging / CLAIM).unlink()
@@ -263,6 +271,43 @@ def _sweep(folder: Path) -> None:
                 durable.drop(staging)
             finally:
                 os.close(claim)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one frozen prefix takes on the disk, all its shards together."""
+
+    about: str
+    """Whose activations they are, as far as that was written down."""
+    cuts: tuple[str, ...]
+    """The modules whose output was kept."""
+    rows: int
+    dtype: str
+    size: int
+    """Bytes."""
+    used: float
+    """When it was last opened, in seconds since 1970."""
+
+
+def listed(folder: Path) -> list[Kept]:
+    """The finished stores of a folder, those used last first. Headers are checked, rows are not read."""
+    shards: dict[str, list[Kept]] = {}
+    for path in _finished(folder):
+        with suppress(DamagedError, OSError, ValueError, KeyError, TypeError):  # it is missing, as `open` would say
+            header = _header(path, path.name)
+            size = sum(file["size"] for file in header["files"].values())
+            facts = header.get("about", ""), tuple(header["cuts"]), header["count"], header["dtype"]
+            shards.setdefault(re.sub(r"-\d+-of-\d+$", "", path.name), []).append(Kept(*facts, size, _last_used(path)))
+    whole = [
+        replace(
+            parts[0],
+            rows=sum(part.rows for part in parts),
+            size=sum(part.size for part in parts),
+            used=max(part.used for part in parts),
+        )
+        for parts in shards.values()
+    ]
+    return sorted(whole, key=lambda kept: -kept.used)
 
 
 def usage(folder: Path) -> int:
