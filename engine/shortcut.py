@@ -7,7 +7,7 @@ reason is said. It never changes what is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.data import Split
 from engine.frostline import Refusal, find
 from engine.prefix import Cache, Prefix
 from engine.replay import Line
+from engine.tracing import no_keys
 
 
 @dataclass
@@ -37,9 +38,12 @@ class Shortcut:
         self.line.train_mode() if self.line else freezing.train_mode(self.model)
 
     def replaying(self) -> AbstractContextManager[Any]:
-        """Inside, forward passes cost what lies above the line, or draw at random just what they would draw there."""
+        """Inside, forward passes cost what lies above the line, or draw at random just what they would draw there.
+
+        Whatever is computed, it makes no keys and values: training never reads them.
+        """
         if self.line is None:
-            return nullcontext()
+            return no_keys(self.model)
         return self.line.replaying() if self.prefixes else self.line.recomputing()
 
     def feed(self, split: Split, indices: Sequence[int], batch: Mapping[str, Any]) -> None:

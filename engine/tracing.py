@@ -110,6 +110,18 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {"use_cache": False, **batch} if takes else dict(batch)
 
 
+@contextmanager
+def no_keys(model: nn.Module) -> Iterator[None]:
+    """Inside, no forward pass makes keys and values unless it is asked to."""
+    hook = model.register_forward_pre_hook(
+        lambda model, args, kwargs: (args, without_cache(model, kwargs)), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def loss_of(output: Any, mask: Tensor | None = None) -> Tensor:
     """What training descends: the model's loss, else the mean square of its first differentiable output.
 
