@@ -80,7 +80,8 @@ class Learner:
         """
         if not resumed:
             self.restructure(stage)
-        freezing.obey(self.model, frozenset(stage.trainable))
+        names = frozenset(stage.trainable)
+        freezing.obey(self.model, names)
         agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
@@ -89,9 +90,11 @@ class Learner:
         self._canary()
         found = freezing.parameters(self.model)
         optimizer = optim.build(stage, found, self.recipe.training)
-        carried = optim.carry(optimizer, self.moments) if stage.moments == "keep" or resumed else 0
+        if stage.moments == "drop":
+            self.moments = {name: kept for name, kept in self.moments.items() if name in names}
+        carried = optim.carry(optimizer, self.moments) if stage.moments != "reset" or resumed else 0
         self.moved |= freezing.movable(self.model)
-        self.trained |= set(stage.trainable)
+        self.trained |= names
         self.parameters = [found[name] for name in stage.trainable]
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.replay = self.shortcut.replaying()

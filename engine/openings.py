@@ -85,7 +85,10 @@ Roots = dict[str, str]
 def resolve(recipe: Recipe, outline: Outline) -> Openings:
     """What each stage trains, and every problem of the recipe's patterns."""
     walk = _Walk(recipe, outline)
-    listed = entries(recipe, outline)
+    try:
+        listed = entries(recipe, outline)
+    except ValueError as error:
+        return Openings((), (Problem(("stages",), str(error), "ask for fewer, or write the stages as a list"),))
     staged = [(entry, key, walk.enter(entry, key, index == 0)) for index, (entry, key) in enumerate(listed)]
     adapters = _Adapters(walk, [entry for entry, _, _ in staged], [roots for _, _, (roots, _) in staged])
     stages = []
@@ -100,7 +103,10 @@ def resolve(recipe: Recipe, outline: Outline) -> Openings:
 
 
 def entries(recipe: Recipe, outline: Outline) -> tuple[tuple[StageEntry, Key], ...]:
-    """The recipe's stages, generated where it names a schedule, each with the key it stands at."""
+    """The recipe's stages, generated where it names a schedule, each with the key it stands at.
+
+    Raises `ValueError` where the model has too few blocks for its schedule.
+    """
     if isinstance(recipe.stages, tuple):
         return tuple((entry, ("stages", index)) for index, entry in enumerate(recipe.stages))
     generated = recipe.stages.entries(len(outline.blocks), recipe.training.learning_rate)
@@ -115,6 +121,9 @@ class _Walk:
         self.problems: list[Problem] = []
         self.blamed: dict[str, Key] = {}
         """Parameter name -> the key that last froze or opened it."""
+        listed = recipe.stages if isinstance(recipe.stages, tuple) else ()
+        self.adapted = bool(recipe.adapters or any(stage.adapters for stage in listed))
+        """Whether any stage has adapters, so that what is open may still come to train them."""
         heads = outline.head if recipe.task.new_head else ()
         self.roots: Roots = {name: next((head for head in heads if below(name, head)), "") for name in _names(outline)}
 
@@ -162,8 +171,7 @@ class _Walk:
         if selection is None:
             return None
         opened = dict(_selected(selection, self.outline))
-        adapted = self.recipe.adapters or any(stage.adapters for stage, _ in entries(self.recipe, self.outline))
-        if not opened.keys() - self.roots.keys() and not adapted:
+        if not opened.keys() - self.roots.keys() and not self.adapted:
             self.blame(key, f"`{pattern}` unfreezes nothing: it is all open already", "freeze it first, or remove it")
         self.roots.update(opened)
         self.blamed.update(dict.fromkeys(opened, key))

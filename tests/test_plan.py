@@ -10,7 +10,7 @@ import transformers
 
 from engine.errors import PlanError
 from engine.models import draft
-from engine.openings import resolve
+from engine.openings import entries, resolve
 from engine.outlining import outline
 from engine.recipe import Recipe
 
@@ -245,6 +245,14 @@ SCHEDULES = (
     lambda pattern: (stage("head"), stage("then", unfreeze=pattern)),
     lambda pattern: (stage("head"), stage("in", unfreeze=pattern), stage("out", freeze=pattern, unfreeze="@blocks[0]")),
 )
+GENERATED = (
+    {"type": "sliding", "blocks_per_stage": 2},
+    {"type": "sliding", "blocks_per_stage": 1, "stride": 3, "direction": "up"},
+    {"type": "lisa", "stages": 20, "seed": 3},
+    {"type": "block_coordinate", "cycles": 2, "seed": 3},
+    {"type": "surgical", "unfreeze": "@blocks[:2]", "head_epochs": 1.0},
+)
+"""Schedules that freeze again what they have opened, or that open a set of blocks alone."""
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -258,7 +266,13 @@ def test_the_trainable_set_is_what_module_names_alone_say(name):
     for pattern in SELECTORS:
         for make_stages in SCHEDULES:
             asked = recipe(freeze=FROZEN, stages=make_stages(pattern))
-            resolved = resolve(asked, seen)
-            assert not resolved.problems
-            expected = list(reference(model, asked.stages, asked.freeze, roles))
-            assert [set(each.trainable) for each in resolved.stages] == expected
+            agrees(model, asked, seen, asked.stages, roles)
+    for keys in GENERATED:
+        asked = recipe(freeze=FROZEN, stages={"epochs": 1} | keys)
+        agrees(model, asked, seen, [entry for entry, _ in entries(asked, seen)], roles)
+
+
+def agrees(model, asked, seen, stages, roles):
+    resolved = resolve(asked, seen)
+    assert not resolved.problems
+    assert [set(each.trainable) for each in resolved.stages] == list(reference(model, stages, asked.freeze, roles))

@@ -79,8 +79,9 @@ class StageEntry(Lasting):
     """End the stage early when a metric stops getting better."""
     restore_best: bool = True
     """Whether the best weights of the stage carry over to the next, rather than the last."""
-    moments: Literal["keep", "reset"] = "keep"
-    """Whether AdamW's moments of what trained before are carried into this stage, by name."""
+    moments: Literal["keep", "reset", "drop"] = "keep"
+    """`keep` carries AdamW's moments of what trained before into this stage, by name; `reset` starts this stage without
+    any; `drop` keeps those of what goes on training and forgets what freezes, for good."""
     then: Literal["merge", "keep", "drop"] = "keep"
     """What becomes of the adapters at the end of the stage."""
 
@@ -90,8 +91,24 @@ class Schedule(Lasting, ABC):
 
     @abstractmethod
     def entries(self, blocks: int, learning_rate: float) -> tuple[StageEntry, ...]:
-        """The stages for a model of `blocks` blocks whose recipe trains at `learning_rate`."""
+        """The stages for a model of `blocks` blocks whose recipe trains at `learning_rate`.
+
+        Raises `ValueError`, in the user's words, where there are fewer blocks than it takes.
+        """
 
     def stage(self, name: str, **fields: Any) -> StageEntry:
         """A stage as long as the schedule says."""
         return StageEntry(name=name, **{"epochs": self.epochs, "steps": self.steps} | fields)
+
+    def at_least(self, needed: int, blocks: int) -> None:
+        """Raise `ValueError` where a model has fewer blocks than this schedule opens at a time."""
+        if blocks < needed:
+            raise ValueError(f"it opens {needed} blocks at a time, and this model has {blocks}")
+
+
+def moved_to(blocks: frozenset[int], before: frozenset[int]) -> dict[str, tuple[str, ...]]:
+    """What a stage that opens `blocks` freezes and unfreezes after one that had `before` open: the changes alone."""
+    return {
+        "freeze": tuple(f"@blocks[{block}]" for block in sorted(before - blocks)),
+        "unfreeze": tuple(f"@blocks[{block}]" for block in sorted(blocks - before)),
+    }
