@@ -1,8 +1,8 @@
 """Metrics by name: what each serves, whether more of it is better, and how it is computed from a model's scores.
 
-Works on numpy arrays alone; scikit-learn and scipy are imported where a metric needs them. An undefined metric (one
-class only, constant values, a score that is not finite) is NaN: nothing here warns, and nothing here decides what a NaN
-means for a run.
+Works on numpy arrays alone; scikit-learn and scipy are imported when a metric is computed. An undefined metric (one
+class only, constant values, a score that is not finite) is NaN: nothing here warns, and nothing here decides what a
+NaN means for a run.
 """
 
 from __future__ import annotations
@@ -49,46 +49,9 @@ def _sklearn(name: str, **arguments: Any) -> Callable[[Any, Any], float]:
     return compute
 
 
-def _accuracy(predictions: Any, references: Any) -> float:
-    right = predictions == references
-    return float((right.all(axis=1) if right.ndim == 2 else right).mean())
-
-
-def _averaged(part: Callable[[Any, Any, Any], tuple[Any, Any]], average: str) -> Callable[[Any, Any], float]:
-    """An average over classes of `part`: a quotient of how often each is hit, predicted and true.
-
-    A class that is never predicted counts as 0 in the average; that is a verdict, not an undefined value. Counted here
-    since importing scikit-learn takes longer than training a head on a thousand kept rows.
-    """
-
-    def compute(predictions: Any, references: Any) -> float:
-        import numpy as np
-
-        if predictions.ndim == 1:
-            classes = np.union1d(predictions, references)
-            predictions, references = predictions[:, None] == classes, references[:, None] == classes
-        predictions, references = predictions.astype(bool), references.astype(bool)
-        counts = [each.sum(axis=0) for each in (predictions & references, predictions, references)]
-        if average == "micro":
-            counts = [each.sum(keepdims=True) for each in counts]
-        above, below = part(*counts)
-        values = np.divide(above, below, out=np.zeros(len(above)), where=below != 0)
-        weights = counts[2] if average == "weighted" and counts[2].any() else None
-        return float(np.average(values, weights=weights))
-
-    return compute
-
-
-def _f1(hit: Any, predicted: Any, true: Any) -> tuple[Any, Any]:
-    return 2 * hit, predicted + true
-
-
-def _precision(hit: Any, predicted: Any, _true: Any) -> tuple[Any, Any]:
-    return hit, predicted
-
-
-def _recall(hit: Any, _predicted: Any, true: Any) -> tuple[Any, Any]:
-    return hit, true
+def _averaged(name: str, average: str) -> Callable[[Any, Any], float]:
+    """A class that is never predicted counts as 0 in the average; that is a verdict, not an undefined value."""
+    return _sklearn(name, average=average, zero_division=0)
 
 
 def _scipy(name: str) -> Callable[[Any, Any], float]:
@@ -134,13 +97,13 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 
 
 METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(CLASSES, _accuracy),
+    "accuracy": Metric(CLASSES, _sklearn("accuracy_score")),
     "balanced_accuracy": Metric(frozenset({SINGLE}), _sklearn("balanced_accuracy_score")),
-    "f1": Metric(CLASSES, _averaged(_f1, "macro")),
-    "f1_micro": Metric(CLASSES, _averaged(_f1, "micro")),
-    "f1_weighted": Metric(CLASSES, _averaged(_f1, "weighted")),
-    "precision": Metric(CLASSES, _averaged(_precision, "macro")),
-    "recall": Metric(CLASSES, _averaged(_recall, "macro")),
+    "f1": Metric(CLASSES, _averaged("f1_score", "macro")),
+    "f1_micro": Metric(CLASSES, _averaged("f1_score", "micro")),
+    "f1_weighted": Metric(CLASSES, _averaged("f1_score", "weighted")),
+    "precision": Metric(CLASSES, _averaged("precision_score", "macro")),
+    "recall": Metric(CLASSES, _averaged("recall_score", "macro")),
     "matthews_correlation": Metric(frozenset({SINGLE}), _matthews),
     "roc_auc": Metric(CLASSES, _roc_auc, from_scores=True),
     "mse": Metric(frozenset({REGRESSION}), _sklearn("mean_squared_error"), greater_is_better=False),
