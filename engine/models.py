@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from engine import trust
 from engine.adapters import attach, try_merging
 from engine.adapters import config as adapter_config
-from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
+from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
 from engine.optim import schedule_problems
 from engine.outline import Outline
 from engine.outlining import outline
@@ -83,17 +84,11 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
     place, revision = source(recipe.model, root), recipe.model.revision
     with _said_plainly(recipe.model):
         written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
-        _refuse_code(recipe.model, written)
+        trust.refuse_config(recipe.model, written)
         _refuse_timm(recipe.model, written)
-        return transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **settings)
-
-
-def _refuse_code(model: Model, written: Mapping[str, Any]) -> None:
-    """Raise `PlanError` where a config asks for code of its checkpoint: neither that code nor a stand-in runs."""
-    if key := next((key for key in ("auto_map", "trust_remote_code") if written.get(key)), None):
-        what = f"{model.path} asks for code of its own (`{key}` in its config.json), which never runs here"
-        known = f"take a model that transformers knows itself, or a copy without `{key}` if its own class is meant"
-        raise PlanError([Problem(PATH, what, known)])
+        made = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **settings)
+        trust.refuse_parts(recipe.model, made)
+    return made
 
 
 def _refuse_timm(model: Model, written: Mapping[str, Any]) -> None:
@@ -163,6 +158,7 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     kind = getattr(transformers, recipe.task.auto)
     with torch.device("meta"), _said_plainly(recipe.model), quietly():
         model = kind.from_config(settings, trust_remote_code=False)
+    trust.refuse_size(recipe.model, model)
     recipe.task.trim(model)
     return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
@@ -172,14 +168,16 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Load
 
     `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does.
     """
-    settings = config(recipe, facts, root)
+    settings, place = config(recipe, facts, root), source(recipe.model, root)
+    trust.refuse_weights(recipe.model, place)
+    trust.refuse_memory(recipe.model, skeleton(recipe, facts, root))
     tokenizer = getattr(prepares, "tokenizer", prepares)
     padded = _pads_alike(settings, tokenizer)
     kind = getattr(transformers, recipe.task.auto)
     torch.manual_seed(stable_seed(recipe.seed, "model"))
-    with _said_plainly(recipe.model), quietly():
+    with _said_plainly(recipe.model), trust.no_pickles(recipe.model), quietly():
         model, info = kind.from_pretrained(
-            source(recipe.model, root),
+            place,
             config=settings,
             revision=recipe.model.revision,
             dtype=getattr(torch, recipe.model.dtype),
@@ -288,6 +286,12 @@ def _said_plainly(model: Model) -> Iterator[None]:
             raise PlanError([Problem(PATH, what, "save it anew with `save_pretrained`")]) from error
         said = re.split(r"(?<=[a-z`'])[.:] ", words)[0].removesuffix(".")
         raise PlanError([Problem(PATH, f"{model.path} can't be loaded: {said[:300]}")]) from error
+    except FrostlineError:
+        raise
+    except Exception as error:  # a config can name and size what it likes: transformers trips over it in its own ways
+        words = f"{type(error).__name__}, {' '.join(str(error).split())[:200]}"
+        what = f"{model.path} can't be loaded: what its files say fits no model ({words})"
+        raise PlanError([Problem(PATH, what, "download it again, or take another")]) from error
 
 
 @contextmanager

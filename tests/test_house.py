@@ -22,7 +22,7 @@ FLOORS = """
 0 adapters tasks schedules
 1 recipe schema source reading wording load
 2 openings plan layers
-3 processes freezing tracing outlining models origins selection data batches optim media mediafolders
+3 processes freezing tracing outlining trust models origins selection data batches optim media mediafolders
 3 replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 folder learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting

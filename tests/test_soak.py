@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from _power import Disk
 
+ROOT = Path(__file__).parent.parent
 has_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="synced files are read from /proc")
 
 
