@@ -11,6 +11,7 @@ import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from engine import adapters, freezing, models, optim
-from engine.batches import Batching, MicroBatch
+from engine.batches import Batching
 from engine.data import Encoded, Split, order
 from engine.errors import PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.prefix import Cache
 from engine.processes import agree, alike
 from engine.proof import canary
-from engine.randomness import stable_seed
+from engine.randomness import seed_draws, stable_seed
 from engine.recipe import Recipe
 from engine.shortcut import Shortcut, open_shortcut
 from engine.tasks import Facts
@@ -163,13 +164,13 @@ class Learner:
         """
         optim.set_rates(self.optimizer, self.share(step))
         share = self.batching.share(self._indices(step), self.accelerator.process_index)
-        batches = [self._batch(self.data.train, micro) for micro in share]
+        batches = [self._collated(self.data.train, micro.indices) for micro in share]
         weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
         total, self.stopping = self._total(sum(weights))
         if not total:
             raise alike(self.accelerator, f"stage `{self.stage.name}`, step {step + 1}: not one label is live")
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
-            _seed(self.recipe.seed, self.stage.index, step, micro.number)
+            seed_draws(self.recipe.seed, self.stage.index, step, micro.number)
             last = turn == len(share) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 self.shortcut.feed(self.data.train, micro.indices, batch)
@@ -221,9 +222,6 @@ class Learner:
             epoch,
         )
 
-    def _batch(self, split: Split, micro: MicroBatch) -> Batch:
-        return self._collated(split, micro.indices)
-
     def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
         examples = split.examples(indices)
         if self.task.draws and split is self.data.train:
@@ -259,17 +257,18 @@ class Learner:
         return torch.device("cpu") if device.type == "mps" else device
 
     def _canary(self) -> None:
-        """Try the stage on the longest examples; where memory runs out on any device, halve the micro-batch on all."""
+        """Try the stage on the longest examples, as it will train; halve the micro-batch where memory runs out."""
         split = self.data.train
         longest = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths)[::-1]
         while True:
-            batch = self._collated(split, longest[: self.batching.micro].tolist())
+            indices = longest[: self.batching.micro].tolist()
+            batch = self._collated(split, indices)
             scratch = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
             short = False
             try:
-                _seed(self.recipe.seed, self.stage.index, "canary")
-                with self.accelerator.autocast():
-                    canary(self.model, scratch, lambda batch=batch: self._loss(self.model, batch), self.stage.name)
+                seed_draws(self.recipe.seed, self.stage.index, "canary")
+                with self.accelerator.autocast(), self.shortcut.replaying():
+                    canary(self.model, scratch, partial(self._tried, indices, batch), self.stage.name)
             except torch.OutOfMemoryError:
                 short = True
             del scratch
@@ -280,6 +279,10 @@ class Learner:
             if self.batching.micro == 1:
                 raise RunError(f"stage `{self.stage.name}`: one example alone doesn't fit the device's memory")
             self.batching = self.batching.halved()
+
+    def _tried(self, indices: Sequence[int], batch: Batch) -> torch.Tensor:
+        self.shortcut.feed(self.data.train, indices, batch)
+        return self._loss(self.model, batch)
 
     # Judging
 
@@ -377,13 +380,6 @@ class Learner:
         """Every parameter and buffer, by its name in the bare model."""
         buffers = {freezing.bare(name): buffer for name, buffer in self.model.named_buffers()}
         return {**freezing.parameters(self.model), **buffers}
-
-
-def _seed(*parts: str | int) -> None:
-    """Let what a forward pass draws follow from `parts`: dropout from torch, SpecAugment's masks from numpy."""
-    seed = stable_seed(*parts)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def _smoother(recipe: Recipe) -> Any:
