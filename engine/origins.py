@@ -25,6 +25,9 @@ BUILDERS = ("csv", "json", "parquet", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _PATH: Key = ("data", "path")
 _FILES: Key = ("data", "data_files")
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED |= {b"\x04\x22\x4d\x18": "lz4", b"7z\xbc\xaf\x27\x1c": "7-Zip", b"Rar!\x1a\x07": "RAR"}
+"""How packed files begin: `datasets` would unpack them whatever their name, and a small one may hold any amount."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def find(data: Data, root: Path) -> Origin:
                 what = f"`{data.path}` is a file or folder, which has no `{key}`"
                 raise PlanError([Problem(("data", key), what, "leave it out, or name a data set of the Hub")])
         place = _locate(data.path, root, _PATH)
-        if place.is_file():
+        if not place.is_dir():
             return _files({"train": (place,)})
         base = root if place.is_relative_to(root.resolve()) else place
         if not _has_tables(place) and (kind := mediafolders.kind(place)):
@@ -167,16 +170,35 @@ def _read(files: tuple[Path, ...], name: str, builder: str | None) -> Dataset:
 
     from datasets import load_dataset
 
-    kind = builder or SUFFIXES[files[0].suffix]
+    kind = builder or SUFFIXES.get(files[0].suffix)
+    if kind is None:
+        raise PlanError([Problem(_PATH, f"{name} is no file of rows", f"files of rows end in {', '.join(SUFFIXES)}")])
     # pandas would read a text such as `NA`, `None` or `null` as missing; only an empty cell is.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     if kind == "csv" and files[0].suffix == ".tsv":
         options["sep"] = "\t"
     for file in files:
-        if file.stat().st_size == 0:
-            raise PlanError([Problem(_PATH, f"{file.name} is empty", "it needs at least one row")])
+        _refuse_file(file)
     with quietly(), _files_said_plainly(name):
-        return load_dataset(kind, data_files=[glob.escape(str(file)) for file in files], split="train", **options)
+        rows = load_dataset(kind, data_files=[glob.escape(str(file)) for file in files], split="train", **options)
+    if "__index_level_0__" in rows.column_names:  # pandas takes the first cells for names of the rows
+        what = f"{name} has rows with more cells than its header has names"
+        raise PlanError([Problem(_PATH, what, "put cells that hold the delimiter in quotes")])
+    return rows
+
+
+def _refuse_file(file: Path) -> None:
+    """Raise `PlanError` for what is empty, packed, or no ordinary file, such as a pipe that is never written to."""
+    if not file.is_file():
+        raise PlanError([Problem(_PATH, f"{file.name} is no ordinary file", "copy its rows into one")])
+    with _files_said_plainly(file.name), file.open("rb") as stream:
+        start = stream.read(262)
+    if not start:
+        raise PlanError([Problem(_PATH, f"{file.name} is empty", "it needs at least one row")])
+    packed = next((kind for sign, kind in _PACKED.items() if start.startswith(sign)), "")
+    if packed or start[257:] == b"ustar":
+        what = f"{file.name} is packed ({packed or 'tar'}), and nothing is unpacked here"
+        raise PlanError([Problem(_PATH, what, "unpack it and name what was in it")])
 
 
 @contextmanager
@@ -187,6 +209,8 @@ def _files_said_plainly(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise _unreadable(name, error) from error
+    except RecursionError as error:
+        raise PlanError([Problem(_PATH, f"{name} can't be read: its values are nested too deep")]) from error
     except (DatasetsError, ValueError, TypeError, StopIteration) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, ValueError) and cause.errno:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import astuple
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -52,7 +52,7 @@ def print_stages(recipe: Recipe, outline: Outline) -> None:
 def show_plan(console: Console, name: str, plan: Plan) -> None:
     """The plan: layers against stages, the head on top, and the numbers of each stage below."""
     drawn = picture(plan.json(), folded=True)
-    size = f"{plan.architecture}, {count(plan.size)} parameters"
+    name, size = _told(name), f"{_told(plan.architecture)}, {count(plan.size)} parameters"
     console.print(f"[bold]{name}[/]  {size}, {plan.examples:,} examples, {plan.batch_size} a step\n", highlight=False)
     for table in tables(drawn, console.width):
         console.print(table, highlight=False)
@@ -110,7 +110,7 @@ def follow(console: Console, events: Iterable[Event]) -> Event | None:
         task: TaskID | None = None
         for last in events:
             if isinstance(last, StageStarted):
-                task = bars.add_task(last.stage, total=last.steps, loss="")
+                task = bars.add_task(_told(last.stage), total=last.steps, loss="")
             elif isinstance(last, Step) and task is not None:
                 bars.update(task, completed=last.step, loss=f"loss {last.loss:.4f}")
             if not (isinstance(last, Step) and console.is_terminal):
@@ -118,8 +118,18 @@ def follow(console: Console, events: Iterable[Event]) -> Event | None:
     return last
 
 
+def _told(value: Any) -> Any:
+    """A value of an event with all text in it made safe: a label may look like rich's markup, or drive a terminal."""
+    if isinstance(value, str):
+        return escape(clean(value))
+    if isinstance(value, Mapping):
+        return {_told(key): _told(part) for key, part in value.items()}
+    return tuple(map(_told, value)) if isinstance(value, tuple) else value
+
+
 def line(event: Event) -> str:
-    """An event as one line."""
+    """An event as one line of rich's markup."""
+    event = replace(event, **{part.name: _told(getattr(event, part.name)) for part in fields(event)})
     match event:
         case Started():
             return f"[bold]{event.recipe}[/] on {event.processes} x {event.device}; {event.batch}"

@@ -97,7 +97,9 @@ def killed_runs(soak: Soak, folder: Path, ranks: int = 1) -> Tally:
     for _ in range(3):
         children = staged.begin(root, ranks=ranks)
         time.sleep(soak.draw.uniform(0.1, soak.longest * (1 + ranks) / 2))
-        for child in soak.draw.sample(children, soak.draw.randint(1, ranks)):
+        # before they have met, one waits for the other as long as its launcher lets it
+        least = 1 if staged.folder(root).exists() else ranks
+        for child in soak.draw.sample(children, soak.draw.randint(least, ranks)):
             os.kill(child, signal.SIGKILL)
         codes = staged.ends(children)
         hit = -signal.SIGKILL in codes
