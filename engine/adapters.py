@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,35 @@ SPOKEN_FOR = {
 }
 """Fields of PEFT's configs that a recipe has its own words for: here they would do nothing, or break the names."""
 
+WHOLE = "goes to a model as a whole and not to modules, which stages can't freeze or thaw: take a kind with targets"
+READ = "is made from the values of the weights below it, so nothing could be planned before they are read"
+UNFIT = {
+    "adalora": "spends its budget of ranks in a call after each step, and no stage makes one",
+    "adamss": READ,
+    "adaption_prompt": WHOLE,
+    "frod": READ,
+    "lily": "can't be merged into weights, so no run could save what it learned",
+    "poly": "wants the number of a task with each example, and a recipe has one task",
+    "pvera": "merges into other weights than it computes with, so no run could save what it learned",
+    "shadow": WHOLE,
+    "shira": READ,
+    "trainable_tokens": "trains rows of the word embeddings: unfreeze `@embeddings` in a stage",
+}
+"""Kinds of PEFT's that no stage can train, and why."""
+
+STARTS = ("True", "False", "gaussian", "orthogonal", "olora", "pissa")
+"""Values of LoRA's `init_lora_weights`; `pissa_niter_<n>` is one more. All others want data or quantized weights."""
+
+
+def rewrites(fields: dict[str, Any]) -> bool:
+    """Whether an adapter takes its start out of the weights below it (PiSSA, OLoRA): only a merge puts that back."""
+    start = fields.get("init_lora_weights", True)
+    return isinstance(start, str) and start.startswith(("pissa", "olora"))
+
+
+TUNERS = "_tuners"
+"""Where a model keeps PEFT's tuner of each of its adapters: what the layers of one share is known to it alone."""
+
 
 def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftConfig:
     """The real PEFT config of an adapter on exactly the named modules.
@@ -65,12 +95,11 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
         )
     if field := next((name for name in SPOKEN_FOR if fields.get(name, "none") != "none"), None):
         raise ValueError(f"`{field}` has no say in a recipe: {SPOKEN_FOR[field]}")
-    if kind == "adalora":
-        raise ValueError("`adalora` spends its budget of ranks in a call after each step, and no stage makes one")
-    if (start := fields.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(f"`init_lora_weights: {start}` rewrites the weights below it, but frozen ones never move")
-    if "target_modules" not in known:
-        raise ValueError(f"`{kind}` goes to a model as a whole and not to modules; stages can't freeze or thaw it yet")
+    if "target_modules" not in known or kind in UNFIT:
+        raise ValueError(f"`{kind}` {UNFIT.get(kind, WHOLE)}")
+    start = str(fields.get("init_lora_weights", True))
+    if start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
+        raise ValueError(f"`init_lora_weights: {start}` starts from data or quantized weights, and a recipe has none")
     try:
         return config_class(target_modules=list(targets), **fields)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError) as error:
@@ -84,15 +113,35 @@ def attach(model: nn.Module, name: str, config: PeftConfig) -> None:
     """
     from warnings import catch_warnings, filterwarnings
 
-    from peft import inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    if any(parameter.is_meta for parameter in model.parameters()) and rewrites(vars(config)):
+        config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue]  there are no weights to rewrite
     try:
         with catch_warnings():
             filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what a recipe may ask for
-            inject_adapter_in_model(config, model, adapter_name=name)
-    except (NotImplementedError, RuntimeError, TypeError, IndexError) as error:
+            # The tuner itself, not `inject_adapter_in_model`: that refuses kinds whose layers share matrices (VeRA).
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name)
+    except (NotImplementedError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"PEFT can't put it on this model: {' '.join(str(error).split())}") from error
+    model.__dict__.setdefault(TUNERS, {})[name] = tuner  # past `nn.Module`: the model lies in its tuner already
     _activate(model)
+
+
+def states(model: nn.Module) -> dict[str, tuple[PeftConfig, dict[str, Any]]]:
+    """Adapter -> its config and its tensors, by the names that PEFT's own `save_pretrained` gives them."""
+    from peft import get_peft_model_state_dict
+    from torch import nn
+
+    tuners = model.__dict__.get(TUNERS, {})
+    configs = {name: tuner.peft_config[name] for name, tuner in tuners.items()}
+    found = {}
+    for name, tuner in tuners.items():
+        wrapped = nn.Module()  # as a `PeftModel` wraps it, which is where names begin
+        wrapped.base_model, wrapped.peft_config = tuner, configs
+        kept = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+        found[name] = (configs[name], kept)
+    return found
 
 
 def try_merging(model: nn.Module) -> None:
@@ -127,7 +176,8 @@ def detach(model: nn.Module, how: str) -> None:
                 layer.merge(safe_merge=True)
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    model.__dict__.pop("peft_config", None)
+    for kept in ("peft_config", TUNERS):
+        model.__dict__.pop(kept, None)
 
 
 def _activate(model: nn.Module) -> None:

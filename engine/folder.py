@@ -1,6 +1,7 @@
 """A run's folder: what was asked (recipe, plan), what it ran on (manifest), what happened (metrics), what came of it.
 
-runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  confusion.json  report.html  checkpoints/  model/
+runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  confusion.json  report.html
+              checkpoints/  model/  adapter/
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class RunFolder:
         self.confusion = path / "confusion.json"
         self.report = path / "report.html"
         self.model = path / "model"
+        self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
 
     def clear(self) -> None:
         """Forget an earlier run of this name: its checkpoints at once, so that no kill leaves some to go on from."""
         with self._writing():
-            for folder in (self.checkpoints, self.model):
+            for folder in (self.checkpoints, self.model, self.adapter):
                 if folder.is_dir() and not folder.is_symlink():
                     durable.retire(folder)
             for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):
@@ -146,24 +148,36 @@ class RunFolder:
         """
         from engine.models import quietly
 
+        def write(staged: Path) -> T:
+            with quietly():
+                learner.model.save_pretrained(staged, safe_serialization=True)
+            learner.processor.save_pretrained(staged)
+            learner.task.accompany(staged)
+            return proved(staged)
+
+        return self._placed(self.model, write)
+
+    def save_apart(self, write: Callable[[Path], None]) -> None:
+        """Save what `write` puts into a folder as the run's adapters. Main process only."""
+        self._placed(self.adapter, write)
+
+    def _placed(self, target: Path, write: Callable[[Path], T]) -> T:
+        """Give a folder its name once `write` has filled it and every byte of it is on the disk."""
         with self._writing():
             staging = durable.stage(self.path)
-            staged = staging / self.model.name
+            staged = staging / target.name
             try:
-                with quietly():
-                    learner.model.save_pretrained(staged, safe_serialization=True)
-                learner.processor.save_pretrained(staged)
-                learner.task.accompany(staged)
-                proof = proved(staged)
+                staged.mkdir()
+                written = write(staged)
                 for path in (*staged.rglob("*"), staged):
                     durable.sync(path)
-                if self.model.exists():
-                    durable.retire(self.model)
-                staged.rename(self.model)
+                if target.exists():
+                    durable.retire(target)
+                staged.rename(target)
                 durable.sync(self.path)
             finally:
                 durable.drop(staging)
-        return proof
+        return written
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

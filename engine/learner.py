@@ -131,7 +131,7 @@ class Learner:
         """Put on the adapters that a stage starts with, the same on every device."""
         for attachment in stage.attaches:
             torch.manual_seed(stable_seed(self.recipe.seed, "adapter", attachment.name))
-            models.put(self.model, attachment)
+            self.moved |= models.put(self.model, attachment)
             self.model.to(self.accelerator.device)
 
     def leave(self) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from engine import trust
-from engine.adapters import attach, try_merging
+from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
 from engine.optim import schedule_problems
@@ -251,14 +251,19 @@ def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ..
     return plan, full
 
 
-def put(model: nn.Module, attachment: Attachment, tried: bool = False) -> None:
-    """Attach an adapter; raises `PlanError` where PEFT refuses it, or couldn't merge it where that is `tried` too."""
+def put(model: nn.Module, attachment: Attachment, tried: bool = False) -> frozenset[str]:
+    """Attach an adapter; returns the weights that it has rewritten for its start (PiSSA, OLoRA).
+
+    Raises `PlanError` where PEFT refuses it, or couldn't merge it where that is `tried` too.
+    """
+    below = {f"{target}.weight" for target in attachment.targets} if rewrites(attachment.fields) else set()
     try:
         attach(model, attachment.name, adapter_config(attachment.kind, attachment.fields, attachment.targets))
         if tried:
             try_merging(model)
     except ValueError as error:
         raise PlanError([Problem(attachment.key, str(error))]) from error
+    return frozenset(below)
 
 
 @contextmanager

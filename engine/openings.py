@@ -10,15 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.adapters import Adapter
+from engine.adapters import Adapter, rewrites
 from engine.errors import Key, Problem
-from engine.outline import Outline, below
+from engine.outline import Outline, Parameter, below
+from engine.part import one_or_many
 from engine.patterns import Selection, moved, nearest, select
 from engine.recipe import Recipe
 from engine.schedules.base import StageEntry
 
 ADAPTABLE = ("Linear", "Conv1D")
 """Kinds of module that a target pattern reaches inside what it names; whatever it names itself is taken at its word."""
+
+NAMING = {"feedforward_modules"}
+"""Fields of PEFT's configs that name modules, so that here they hold patterns."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,24 @@ class _Adapters:
         ends = [i for i in range(first, len(self.stages)) if self.stages[i].then != "keep"]
         last = ends[0] if ends else len(self.stages) - 1
         kept = tuple(t for t in targets if any(self._open(t, i) for i in range(first, last + 1)))
+        if rewrites(adapter.fields) and self.stages[last].then == "drop":
+            what = f"`{adapter.type}` rewrites the weights below it for its start, so it can't be dropped"
+            self.walk.blame(key, what, f"`then: merge` in stage `{self.stages[last].name}`, or another start")
         again = sum(attachment.kind == adapter.type for _, _, attachment in self.spans)
         name = adapter.type + (str(again + 1) if again else "")
-        self.spans.append((first, last, Attachment(name, adapter.type, adapter.fields, kept, key)))
+        fields = self._fields(adapter, key, kept)
+        self.spans.append((first, last, Attachment(name, adapter.type, fields, kept, key)))
+
+    def _fields(self, adapter: Adapter, key: Key, targets: tuple[str, ...]) -> dict[str, Any]:
+        """PEFT's fields, modules that are named by patterns among them by their full names."""
+        fields = adapter.fields
+        for field in NAMING & fields.keys():
+            patterns = one_or_many(fields[field]) or ()
+            named = [name for pattern in patterns for name in self._adaptable(str(pattern), (*key, field))]
+            fields[field] = [target for target in targets if target in named]
+            if patterns and not fields[field]:
+                self.walk.blame((*key, field), f"`{patterns[0]}` names none of the modules that are adapted")
+        return fields
 
     def _targets(self, adapter: Adapter, key: Key, earliest: int) -> tuple[str, ...]:
         """The modules that an adapter's patterns name, each pattern held to have at least one that some stage opens."""
@@ -273,9 +292,14 @@ class _Adapters:
         return tuple(
             parameter.name
             for parameter in self.walk.outline.parameters
-            if (parameter.adapter in present and self._open(parameter.module, stage))
+            if (parameter.adapter in present and any(self._open(holder, stage) for holder in self._holders(parameter)))
             or (parameter.adapter is None and parameter.name in roots and roots[parameter.name] not in adapted)
         )
+
+    def _holders(self, parameter: Parameter) -> set[str]:
+        """The modules that an adapter's parameter works in: layers may share one (VB-LoRA's bank of vectors)."""
+        targets = [target for _, _, attachment in self.spans for target in attachment.targets]
+        return {parameter.module, *(t for t in targets for alias in parameter.aliases if below(alias, t))}
 
     def _adapted_roots(self, stage: int, roots: Roots) -> set[str]:
         targets = [target for attachment in self.present(stage) for target in attachment.targets]

@@ -11,10 +11,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
+from engine import adapters, apart
 from engine.errors import STOPPED
 from engine.folder import RunFolder
 from engine.learner import Learner
@@ -48,6 +50,9 @@ class Loop:
             last = self.plan.stages[-1]
             yield self._judged(last, last.steps, "test")
             self._keep_confusion(last, last.steps, "test")
+        if adapters.adapted(self.learner.model):
+            write = partial(apart.write, self.learner, self.before.keys())
+            together(self.learner.accelerator, lambda: self.folder.save_apart(write))
         self.learner.detach("merge")
         yield from together(self.learner.accelerator, lambda: self.folder.save_model(self.learner, self._proved))
         yield Finished(model=str(self.folder.model), seconds=time.perf_counter() - began)

@@ -103,7 +103,7 @@ def test_adapted_names_are_those_of_the_bare_model() -> None:
     assert adapters.adapted(model) == set(TARGETS)
 
 
-@pytest.mark.parametrize("kind", ["adalora", "lily", "poly", "prompt_tuning", "vera"])
+@pytest.mark.parametrize("kind", ["adalora", "lily", "poly", "pvera", "prompt_tuning", "shira"])
 def test_kinds_that_no_run_could_end_with(tmp_path: Path, kind: str) -> None:
     """Found before the first step, not when the model is to be saved."""
     adapter = {"type": kind, "target_modules": ["query"]}
@@ -119,7 +119,7 @@ def test_kinds_that_no_run_could_end_with(tmp_path: Path, kind: str) -> None:
         ("bias", "all", "unfreeze `@biases` in a stage"),
         ("layers_to_transform", [1], "name the layers in `target_modules`"),
         ("inference_mode", True, "what trains is what stages unfreeze"),
-        ("init_lora_weights", "pissa", "rewrites the weights below it"),
+        ("init_lora_weights", "eva", "starts from data or quantized weights"),
         ("r", 0, "`r` should be a positive integer value"),
     ],
 )

@@ -24,7 +24,7 @@ FLOORS = """
 2 openings plan layers
 3 processes freezing tracing outlining trust models origins selection data batches optim media mediafolders
 3 replay capturing frostline store prefix shortcut durable checkpoint proof reference
-4 folder learner position train start screen signals advise sweep report export
+4 apart folder learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting
 5 cli run
 """
