@@ -1,4 +1,4 @@
-"""What a plan costs: `frostline plan` for large models from their config alone, seconds and memory of the whole process.
+"""What a plan costs: `frostline plan` of large models from their config alone, time and memory of the process.
 
     python scripts/bench_plan.py
 
