@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 
 from engine.errors import Key, PlanError, Problem
+from engine.forecast import Sizes
 from engine.media import sift
 from engine.metrics import unserved
 from engine.origins import find, quietly
@@ -198,6 +199,15 @@ def encode(rows: Rows, task: Task, processor: Any) -> Encoded:
     train = split("train", rows.train)
     assert train is not None
     return Encoded(train, split("validation", rows.validation), split("test", rows.test), tuple(notes))
+
+
+def sizes(train: Split, validation: Split | None) -> Sizes:
+    """How many rows go through the model in an epoch and how long they are, for a forecast of what that costs."""
+    lengths = train.single.lengths
+    counts = len(train.single), len(validation.single) if validation is not None else 0
+    if lengths is None or not len(lengths):
+        return Sizes(*counts)
+    return Sizes(*counts, float(lengths.mean()), float((lengths.astype(float) ** 2).mean()), int(lengths.max()))
 
 
 def order(

@@ -84,6 +84,19 @@ def all_trainable(model: nn.Module, inputs: Iterable[torch.Tensor] = ()) -> Iter
             tensor.requires_grad_(flag)
 
 
+@contextmanager
+def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """The named parameters, as far as they are floats, train inside and no others; afterwards each has its own flag."""
+    flags = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    try:
+        for name, parameter, _ in flags:
+            parameter.requires_grad_(name in names and parameter.is_floating_point())
+        yield
+    finally:
+        for _, parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def differentiable(tensor: torch.Tensor) -> torch.Tensor:
     """Make `tensor` a leaf that gradients reach; reentrant checkpointing drops the gradients of weights otherwise."""
     return tensor.requires_grad_(True)

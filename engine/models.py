@@ -24,6 +24,7 @@ from engine import trust
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
+from engine.forecast import Sizes
 from engine.optim import schedule_problems
 from engine.outline import Outline
 from engine.outlining import outline
@@ -238,14 +239,16 @@ def _mended(model: nn.Module) -> list[str]:
     return [f"{len(norms)} BatchNorms keep almost nothing but the last batch as the config reads; {said}"]
 
 
-def draft(recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = ()) -> tuple[Plan, Outline]:
+def draft(
+    recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = (), sizes: Sizes | None = None
+) -> tuple[Plan, Outline]:
     """The plan of a recipe for a skeleton, adapters attached to it, and the outline that the plan was made from."""
     bare = outline(bones, random)
     wanted = attachments(recipe, bare)
     for attachment in wanted:
         put(bones, attachment, tried=True)
     full = outline(bones, random, bare) if wanted else bare
-    plan = make(recipe, full, examples)
+    plan = make(recipe, full, examples, sizes)
     if problems := schedule_problems(plan.stages):
         raise PlanError(problems)
     return plan, full

@@ -30,6 +30,37 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """Something that grows with an example's length in tokens; where examples have none, `fixed` is all of it."""
+
+    fixed: float = 0.0
+    linear: float = 0.0
+    """A token."""
+    square: float = 0.0
+    """A pair of tokens."""
+
+    def at(self, tokens: float, squared: float | None = None) -> float:
+        """How much it is for `tokens` tokens; of a mean, `squared` is the mean of the squared lengths."""
+        return self.fixed + self.linear * tokens + self.square * (tokens**2 if squared is None else squared)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one module by itself, its children left out, takes for one example."""
+
+    work: Amount = Amount()
+    """Forward FLOPs."""
+    takes: Amount = Amount()
+    """Elements of the first tensor that it is given."""
+    gives: Amount = Amount()
+    """Elements of the first tensor that it hands on."""
+    keeps: Amount = Amount()
+    """Bytes that it keeps for the way back where its weights train."""
+    passes: Amount = Amount()
+    """Bytes that it keeps where gradients only pass through it."""
+
+
+@dataclass(frozen=True)
 class Module:
     """One module, with its place in the forward pass and its price."""
 
@@ -40,6 +71,8 @@ class Module:
     """Rank of its first call in a forward pass; None when it is never called itself."""
     flops: float = 0.0
     """Forward FLOPs of one example spent in the module itself, its children left out."""
+    price: Price = Price()
+    """What it takes by the length of an example, as far as that could be read off a skeleton."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,8 @@ class Outline:
     embeddings: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     """Parameters that no checkpoint fills, so they start at random; empty until the checkpoint has been looked at."""
+    tokens: int = 0
+    """Tokens of the text that `flops` stand for; 0 where the model takes no text."""
     measured: bool = True
     """Whether order and FLOPs come from a traced forward pass; otherwise from definition order and sizes."""
 

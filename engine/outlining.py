@@ -6,7 +6,7 @@ goes by definition order and sizes instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.freezing import bare, eval_mode
 from engine.outline import Module, Outline, Parameter, below
+from engine.pricing import prices
 
 TOKENS = 128
 """Length of the text that a step's price is measured on."""
@@ -25,7 +26,7 @@ def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline |
     """The outline of a model; `unadapted` is its outline before adapters, whose order and prices still hold."""
     if unadapted is not None:
         return replace(unadapted, parameters=tuple(_parameters(model, {m.name for m in unadapted.modules})))
-    price, order = _trace(model)
+    price, order, working = _trace(model)
     modules = tuple(
         Module(name, type(module).__name__, order.get(name), price.get(name, 0.0))
         for name, module in model.named_modules()
@@ -35,6 +36,12 @@ def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline |
         modules = tuple(replace(module, flops=_guess(model.get_submodule(module.name))) for module in modules)
     blocks = tuple(_blocks(model))
     head = tuple(_head(model, blocks))
+    embeddings = tuple(_embeddings(model, modules, blocks, head))
+    tokens = _tokens(model)
+    if working:
+        first = _first(model, order, embeddings)
+        found = prices(model, lambda length: working(sample(model, length)), tokens, blocks, first)
+        modules = tuple(replace(module, price=found.get(module.name, module.price)) for module in modules)
     return Outline(
         architecture=type(model).__name__,
         modules=modules,
@@ -42,8 +49,9 @@ def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline |
         buffers=tuple(name for name, _ in model.named_buffers()),
         blocks=blocks,
         head=head,
-        embeddings=tuple(_embeddings(model, modules, blocks, head)),
+        embeddings=embeddings,
         random=random,
+        tokens=tokens,
         measured=bool(order),
     )
 
@@ -72,8 +80,11 @@ def _adapters_of(layer: nn.Module) -> set[str]:
     return {name for part in layer.adapter_layer_names for name in getattr(layer, part)}  # pyright: ignore
 
 
-def _trace(model: nn.Module) -> tuple[dict[str, float], dict[str, int]]:
-    """FLOPs that each module spends itself, per example, and the rank of its first call; empty where it can't run."""
+def _trace(model: nn.Module) -> tuple[dict[str, float], dict[str, int], Variant | None]:
+    """FLOPs that each module spends itself, per example, the rank of its first call, and what made the model run.
+
+    They are empty and None where it can't run.
+    """
     order: dict[str, int] = {}
     counter = FlopCounterMode(display=False)
     spent: dict[str, float] = {}
@@ -95,28 +106,49 @@ def _trace(model: nn.Module) -> tuple[dict[str, float], dict[str, int]]:
         hooks.append(module.register_forward_pre_hook(lambda _m, _a, name=name: enter(name)))
         hooks.append(module.register_forward_hook(lambda _m, _a, _o, name=name: leave(name)))
     try:
-        for inputs in _samples(model):
+        for variant in VARIANTS:
             order.clear(), spent.clear(), stack.clear()
             with suppress(Exception), eval_mode(model), counter:  # a model is foreign code: it may raise anything here
-                model(**inputs)
-                return spent, order
+                model(**variant(sample(model)))
+                return spent, order, variant
     finally:
         for hook in hooks:
             hook.remove()
-    return {}, {}
+    return {}, {}, None
 
 
-def _samples(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """What to try a model with: some can't do without a mask, others look into it, and a skeleton has no values."""
+Variant = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _masked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+VARIANTS: tuple[Variant, ...] = (
+    lambda inputs: inputs,
+    _masked,
+    lambda inputs: {name: value[:, None] for name, value in inputs.items()},  # several choices, of which this is one
+)
+"""What to try a model with: some can't do without a mask, others look into it, and a skeleton has no values."""
+
+
+def _first(model: nn.Module, order: dict[str, int], embeddings: tuple[str, ...]) -> set[str]:
+    """Parameters that gradients have to reach to pass through all else: those of the embeddings, or the first."""
+    names = [name for name, _ in model.named_parameters() if any(below(name, part) for part in embeddings)]
+    if not names:
+        owners = [name for name, module in model.named_modules() if name in order and [*module.parameters(False)]]
+        names = [name for name, _ in model.named_parameters() if below(name, min(owners, key=lambda o: order[o]))]
+    return set(names)
+
+
+def _tokens(model: nn.Module) -> int:
+    """Tokens of the text that the model is tried with; 0 where it takes no text."""
     inputs = sample(model)
-    yield inputs
-    if "input_ids" in inputs:
-        yield {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        yield {name: value[:, None] for name, value in inputs.items()}  # several choices, of which this is one
+    return inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
 
 
-def sample(model: nn.Module) -> dict[str, torch.Tensor]:
-    """One example of zeros on the model's device: a text of `TOKENS` tokens, a picture, or some seconds of sound."""
+def sample(model: nn.Module, length: int = TOKENS) -> dict[str, torch.Tensor]:
+    """One example of zeros on the model's device: a text of `length` tokens, a picture, or some seconds of sound."""
     config, device = model.config, next(model.parameters()).device
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
@@ -132,7 +164,7 @@ def sample(model: nn.Module) -> dict[str, torch.Tensor]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     # XLNet says -1 for no limit; RoBERTa's first two positions are none.
     positions = (getattr(text, "max_position_embeddings", None) or 0) - 2
-    tokens = torch.zeros(1, min(TOKENS, positions) if positions > 0 else TOKENS, dtype=torch.long, device=device)
+    tokens = torch.zeros(1, min(length, positions) if positions > 0 else length, dtype=torch.long, device=device)
     batch = {"input_ids": tokens}
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = tokens

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
 from engine.errors import PlanError, Problem
+from engine.forecast import Costs, Forecast, Sizes, forecast
 from engine.layers import Layer, LayerState, layers, states
 from engine.openings import Attachment, Opening, StageOpenings, resolve
 from engine.outline import Outline, Parameter, below
@@ -67,6 +69,8 @@ class Stage:
     """The same where everything below the frost line is replayed."""
     layers: tuple[LayerState, ...]
     """What trains of each layer of the plan."""
+    forecast: Forecast
+    """What it will cost: FLOPs, memory, disk and time."""
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -93,6 +97,8 @@ class Plan:
     seed: int
     measured: bool
     """Whether the order and cost of modules were traced, or guessed from definition order and sizes."""
+    sizes: Sizes
+    """How many rows and how long they are: what the forecasts were made from."""
     layers: tuple[Layer, ...]
     """The model's layers, in forward order."""
     stages: tuple[Stage, ...]
@@ -104,8 +110,8 @@ class Plan:
         return json.loads(json.dumps(asdict(self), default=lambda part: part.model_dump()))
 
 
-def make(recipe: Recipe, outline: Outline, examples: int) -> Plan:
-    """The plan of a recipe for a model and a number of training examples.
+def make(recipe: Recipe, outline: Outline, examples: int, sizes: Sizes | None = None) -> Plan:
+    """The plan of a recipe for a model and a number of training examples; `sizes` says more of them for the forecast.
 
     `outline` holds the parameters of all of `attachments(recipe, outline)`. Raises `PlanError` with every problem.
     """
@@ -114,8 +120,10 @@ def make(recipe: Recipe, outline: Outline, examples: int) -> Plan:
     if problems:
         raise PlanError(problems)
     optimizer_bytes = _optimizer_bytes(recipe.training.optim)
-    drawn = layers(outline)
-    stages = tuple(_stage(recipe, outline, opened, examples, optimizer_bytes, drawn) for opened in openings.stages)
+    drawn, sizes = layers(outline), sizes or Sizes.assumed(examples, outline.tokens)
+    stages: list[Stage] = []
+    for opened in openings.stages:
+        stages.append(_stage(recipe, outline, opened, examples, sizes, optimizer_bytes, drawn, stages))
     plan = Plan(
         architecture=outline.architecture,
         size=outline.size,
@@ -123,8 +131,9 @@ def make(recipe: Recipe, outline: Outline, examples: int) -> Plan:
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         measured=outline.measured,
+        sizes=sizes,
         layers=drawn,
-        stages=stages,
+        stages=tuple(stages),
     )
     content = json.dumps(plan.json(), sort_keys=True)
     return replace(plan, fingerprint=hashlib.sha256(content.encode()).hexdigest())
@@ -156,13 +165,16 @@ def _stage(
     outline: Outline,
     opened: StageOpenings,
     examples: int,
+    sizes: Sizes,
     optimizer_bytes: float,
     drawn: tuple[Layer, ...],
+    earlier: Sequence[Stage],
 ) -> Stage:
     entry, training = opened.entry, recipe.training
-    names = frozenset(opened.trainable)
-    trained = [parameter for parameter in outline.parameters if parameter.name in names]
-    size = sum(parameter.size for parameter in trained)
+    costs = Costs(outline, frozenset(opened.trainable))
+    trained, size = costs.trained, sum(parameter.size for parameter in costs.trained)
+    before = {name for stage in earlier for name in stage.trainable} if entry.moments == "keep" else set()
+    remembered = sum(p.size for p in outline.parameters if p.name in before | set(opened.trainable))
     per_epoch = ceil(examples / recipe.batch_size)
     steps = entry.steps or max(1, round((entry.epochs or 0) * per_epoch))
     groups = _groups(recipe, entry, outline, opened, trained)
@@ -188,7 +200,16 @@ def _stage(
         optimizer_bytes=round(size * optimizer_bytes),
         gradient_bytes=size * 4,
         layers=states(drawn, {parameter.name: parameter for parameter in trained}, rates),
-        **_cost(outline, names),
+        **_cost(costs),
+        forecast=forecast(
+            recipe,
+            costs,
+            sizes,
+            steps,
+            per_epoch,
+            round(remembered * optimizer_bytes),
+            copied=entry.restore_best and sizes.validation > 0,
+        ),
     )
 
 
@@ -216,31 +237,18 @@ def _depth(parameter: Parameter, outline: Outline) -> int:
     return len(outline.blocks) + 1 if early else 0
 
 
-def _cost(outline: Outline, trainable: frozenset[str]) -> dict[str, Any]:
+def _cost(costs: Costs) -> dict[str, Any]:
     """Where the frost line lies and what a step costs, from each module's forward FLOPs f.
 
     Forward is f. Backward is f again for the gradient of a module's input, needed above the line, and f for the
     gradient of its weights, needed where they train; training everything is 3 f.
     """
-    owners = {parameter.module for parameter in outline.parameters if parameter.name in trainable}
-    weights = {p.module for p in outline.parameters if p.name in trainable and p.adapter is None}
-    order = {module.name: rank if module.order is None else module.order for rank, module in enumerate(outline.modules)}
-    called = {module.name for module in outline.modules if module.order is not None}
-    ranked = sorted((owners & called) or owners, key=lambda name: order[name])
-    line = ranked[0] if ranked else None
-    first = order[line] if line is not None else len(order)
-    forward = sum(module.flops for module in outline.modules) or 1.0
-    under = sum(module.flops for module in outline.modules if order[module.name] < first)
-    back = sum(module.flops for module in outline.modules if order[module.name] > first)
-    back += sum(module.flops for module in outline.modules if module.name in weights)
-    # Attention itself has no weights, but both of its inputs have gradients.
-    owning = outline.owned
-    back += sum(m.flops for m in outline.modules if order[m.name] > first and m.name not in owning)
+    forward, above, back = costs.forward() or 1.0, costs.forward(replayed=True), costs.backward()
     return {
-        "line": next((part for part in (*outline.blocks, *outline.embeddings) if line and below(line, part)), line),
-        "below": under / forward,
+        "line": costs.line,
+        "below": 1 - above / forward,
         "cost": (forward + back) / (3 * forward),
-        "cached_cost": (forward - under + back) / (3 * forward),
+        "cached_cost": (above + back) / (3 * forward),
     }
 
 

@@ -32,6 +32,8 @@ class Started(Event):
     device: str
     batch: str
     """How a step's examples are spread over devices and micro-batches, and why."""
+    base_bytes: int = 0
+    """Memory of the device, or of the process on a CPU, before the model was loaded."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class StageEnded(Event):
     """Of the weights that go on: the best, or the last."""
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Most memory of the device, or of the process on a CPU, so far."""
+    """Most memory of the device, or of the process on a CPU, during the stage."""
     moved: dict[str, float] = field(default_factory=dict)
     """Layer -> norm of its change since the run began, as a share of the norm it had."""
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, models, optim, report, store
+from engine import checkpoint, data, memory, models, optim, report, store
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
 from engine.folder import RunFolder
+from engine.forecast import Sizes
 from engine.learner import Learner
 from engine.load import Loaded
 from engine.movement import Start
@@ -33,6 +34,9 @@ from engine.records import Event, Finished, Note, StageEnded, Started
 from engine.reference import refer
 from engine.tasks import Facts
 from engine.train import Loop
+
+SAMPLED = 20_000
+"""Rows whose lengths are looked at for a plan; of more, a sample."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,25 @@ def draft(loaded: Loaded, root: Path, examples: int | None = None) -> Draft:
     recipe = loaded.recipe
     rows = data.read(recipe, root) if examples is None else None
     bones = models.skeleton(recipe, rows.facts if rows else Facts(), root)
-    plan, outline = models.draft(recipe, bones, _examples(recipe, rows, bones, root) if rows else examples or 0)
-    return Draft(plan, outline, rows)
+    if rows is None:
+        return Draft(*models.draft(recipe, bones, examples or 0), None)
+    return Draft(*models.draft(recipe, bones, *_counted(recipe, rows, bones, root)), rows)
 
 
-def _examples(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> int:
-    """Training examples: one a row, but where a task makes several of a long one, so that they have to be encoded."""
-    if not recipe.task.windowed:
-        return len(rows.train)
-    return len(data.encode(rows, recipe.task, models.processor(recipe, root, bones)).train)
+def _counted(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> tuple[int, tuple[str, ...], Sizes]:
+    """Training examples, nothing of weights, and how many rows there are and how long.
+
+    There is one example a row, but where a task makes several of a long one. Many rows are counted by a sample of them.
+    """
+    whole = recipe.task.windowed or len(rows.train) <= SAMPLED
+    some = rows.train if whole else rows.train.select(range(0, len(rows.train), len(rows.train) // SAMPLED))
+    read = replace(rows, train=some, validation=None, test=None)
+    encoded = data.encode(read, recipe.task, models.processor(recipe, root, bones)).train
+    examples = len(encoded) if whole else len(rows.train)
+    judged = len(rows.validation) if rows.validation is not None else 0
+    members = rows.facts.members
+    found = replace(data.sizes(encoded, None), train=examples * members, validation=judged * members)
+    return examples, (), found
 
 
 def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) -> Iterator[Event]:
@@ -75,11 +89,11 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
         held.enter_context(peers(accelerator))
-        learner, plan, notes = _ready(loaded, root, runs / store.FOLDER, accelerator)
+        learner, plan, notes, base = _ready(loaded, root, runs / store.FOLDER, accelerator)
         before, start = digests(learner.model), Start(learner.model)
         position, skipped = _position(loaded, learner, plan, folder, before)
         started = Started(
-            name, plan.fingerprint, accelerator.num_processes, str(accelerator.device), learner.batching.reason
+            name, plan.fingerprint, accelerator.num_processes, str(accelerator.device), learner.batching.reason, base
         )
         said = (started, *map(Note, (*notes, *skipped)))
         yield from _recorded(said, accelerator, folder)
@@ -111,8 +125,10 @@ def _refuse_half(recipe: Recipe, accelerator: Accelerator) -> None:
         raise PlanError([Problem(("model", "dtype"), what, f"run it by {launch}, or leave the key out")])
 
 
-def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) -> tuple[Learner, Plan, tuple[str, ...]]:
-    """The learner with its model and data, the plan, and what the user should know of them."""
+def _ready(
+    loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator
+) -> tuple[Learner, Plan, tuple[str, ...], int]:
+    """The learner with its model and data, the plan, what the user should know of them, and the bytes taken before."""
     recipe = loaded.recipe
     together(accelerator, lambda: _refuse_half(recipe, accelerator))
     rows = first(accelerator, lambda: data.read(recipe, root))
@@ -120,15 +136,17 @@ def _ready(loaded: Loaded, root: Path, cache: Path, accelerator: Accelerator) ->
     optim.obtain(recipe.training)
     bones = models.skeleton(recipe, rows.facts, root)
     processor = models.processor(recipe, root, bones)
-    model = models.load(recipe, rows.facts, root, processor)
     encoded = first(accelerator, lambda: data.encode(rows, recipe.task, processor))
+    base = memory.taken(accelerator.device)
+    model = models.load(recipe, rows.facts, root, processor)
     encoded = refer(encoded, recipe.task, processor, model.model, accelerator)
-    plan, _ = models.draft(recipe, bones, len(encoded.train), model.random)
+    sizes = data.sizes(encoded.train, encoded.validation)
+    plan, _ = models.draft(recipe, bones, len(encoded.train), model.random, sizes)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(
         recipe, model.model, processor, encoded, rows.facts, accelerator, spread, _cache(recipe, cache, accelerator)
     )
-    return learner, plan, (*rows.notes, *encoded.notes, *model.notes)
+    return learner, plan, (*rows.notes, *encoded.notes, *model.notes), base
 
 
 def _position(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from engine import adapters, apart
+from engine import adapters, apart, memory
 from engine.errors import STOPPED
 from engine.folder import RunFolder
 from engine.learner import Learner
@@ -59,7 +59,8 @@ class Loop:
 
     def _stage(self, stage: Stage) -> Iterator[Event]:
         began, position = time.perf_counter(), self.position
-        carried = self.learner.enter(stage, resumed=position.step > 0)
+        memory.restart(self.learner.accelerator.device)
+        carried = self.learner.enter(stage, position.step > 0, self.plan.stages[stage.index + 1 :])
         yield StageStarted(stage.name, stage.size, stage.steps, carried, *self._prefix(), position.step)
         reason = f"{stage.steps} steps done"
         clock = time.perf_counter()
@@ -87,7 +88,8 @@ class Loop:
         self.position.stage, self.position.step, self.position.best = stage.index + 1, 0, Best()
         seconds = time.perf_counter() - began
         # Told before the checkpoint is taken: whoever goes on from that finds all that happened before it on record.
-        yield StageEnded(stage.name, steps, reason, best.metrics, seconds, _peak_bytes(self.learner), moved)
+        peak = memory.peak(self.learner.accelerator.device)
+        yield StageEnded(stage.name, steps, reason, best.metrics, seconds, peak, moved)
         self._publish()
 
     def _prefix(self) -> tuple[str, float]:
@@ -174,13 +176,3 @@ class Loop:
             return [proved]
         names = ", ".join(proved.unmoved[:3])
         return [proved, Note(f"{len(proved.unmoved)} tensors trained without ever getting a gradient: {names}")]
-
-
-def _peak_bytes(learner: Learner) -> int:
-    import resource
-
-    import torch
-
-    if learner.accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -53,7 +53,7 @@ RECIPE: dict[str, Any] = {
     "per_device_batch_size": 4,
     "seed": 3,
 }
-TIMED = {"seconds", "peak_bytes"}
+TIMED = {"seconds", "peak_bytes", "base_bytes"}
 """What two equal runs differ in."""
 
 

@@ -1,0 +1,199 @@
+"""What a stage will cost: the frost line in FLOPs, bytes of memory, bytes of the cache, and how long that takes.
+
+A pure function of the outline and of how long the examples are; seconds are FLOPs divided by a rate that somebody has
+measured. A forecast decides nothing: what is replayed in fact is for the run to find out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from engine.outline import Amount, Module, Outline, below
+from engine.recipe import Recipe
+
+ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+CAPTURED = 64
+"""Examples of one capturing forward pass."""
+WORTH = 0.1
+"""Share of a forward pass that has to lie below the line for a replay."""
+HELD_OUT = 0.1
+"""Rows to judge by as a share of those to train on, where nobody has counted them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data say of cost. Lengths are in tokens, 0 where examples have none."""
+
+    train: int
+    """Rows that go through the model by themselves; an example may have several."""
+    validation: int
+    mean: float = 0.0
+    squared: float = 0.0
+    """Mean of the squared lengths."""
+    longest: int = 0
+    known: bool = True
+    """Whether these were counted, or are assumed."""
+
+    @classmethod
+    def assumed(cls, examples: int, tokens: int) -> Sizes:
+        """As many tokens in each row as the model was tried with, and a tenth as many rows to judge by."""
+        return cls(examples, round(examples * HELD_OUT), tokens, tokens**2, tokens, known=False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device at a stage's peak; on a CPU they come on top of what the process takes by itself."""
+
+    weights: int
+    optimizer: int
+    """What it remembers, of what trained in earlier stages too."""
+    gradients: int
+    best: int
+    """A copy of what trains, as it was when the model was best; always in the process's memory."""
+    activations: int
+    """What a micro-batch of the longest examples keeps for its way back."""
+    forward: int
+    """What a forward pass that keeps nothing takes: to fill the cache, or to judge."""
+    total: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will cost."""
+
+    step_flops: float
+    """Of one optimizer step, over all devices, what is replayed left out."""
+    flops: float
+    """Of the whole stage: its steps, its evaluations and filling the cache."""
+    cache_bytes: int
+    """What filling the cache takes on disk; 0 where nothing is kept."""
+    memory: Memory
+    seconds: float | None = None
+    """An estimate: FLOPs over the rate of the machine that was asked; None where none was."""
+
+
+class Costs:
+    """The price of a model with some parameters trainable, by module."""
+
+    def __init__(self, outline: Outline, trainable: Collection[str]):
+        self.outline = outline
+        self.trained = [p for p in outline.parameters if p.name in trainable]
+        self.owners = {p.module for p in self.trained}
+        # A bias has its gradient for nothing: it needs no input and no product.
+        self.weights = {p.module for p in self.trained if p.adapter is None and len(p.shape) > 1}
+        self.keepers = self.weights | {p.module for p in self.trained if p.adapter is not None}
+        self.order = {m.name: rank if m.order is None else m.order for rank, m in enumerate(outline.modules)}
+
+    @cached_property
+    def first(self) -> str | None:
+        """The first module in forward order that holds something trainable itself."""
+        called = {module.name for module in self.outline.modules if module.order is not None}
+        ranked = sorted((self.owners & called) or self.owners, key=lambda name: self.order[name])
+        return ranked[0] if ranked else None
+
+    @cached_property
+    def line(self) -> str | None:
+        """The block or part of the embeddings around it: the frost line lies right below."""
+        parts = (*self.outline.blocks, *self.outline.embeddings)
+        return next((part for part in parts if self.first and below(self.first, part)), self.first)
+
+    @cached_property
+    def above(self) -> list[Module]:
+        """Modules that work above the line: those that come later, and those around it."""
+        if self.first is None:
+            return []
+        start, around = self.order[self.first], self.first
+        return [m for m in self.outline.modules if self.order[m.name] >= start or below(around, m.name)]
+
+    def forward(self, sizes: Sizes | None = None, replayed: bool = False) -> float:
+        """FLOPs of a forward pass on an example; of the average one, or as they were measured."""
+        return sum(_work(m, sizes) for m in (self.above if replayed else self.outline.modules))
+
+    def backward(self, sizes: Sizes | None = None) -> float:
+        """FLOPs of the way back: f for the gradient of an input that is not the first, f for that of weights."""
+        return sum(_work(m, sizes) * self._backs(m) for m in self.above)
+
+    def _backs(self, module: Module) -> int:
+        # Attention itself has no weights, but both of its inputs have gradients.
+        passes = module.name != self.first
+        return passes + (module.name in self.weights or (passes and module.name not in self.outline.owned))
+
+    def kept(self, tokens: int) -> float:
+        """Bytes of one example that the way back needs."""
+        return sum((m.price.keeps if m.name in self.keepers else m.price.passes).at(tokens) for m in self.above)
+
+    def crossing(self, sizes: Sizes) -> float:
+        """Elements that cross the line in an average example: what the first trainable module is given."""
+        taken = next((m.price.takes for m in self.outline.modules if m.name == self.first), Amount())
+        return taken.at(sizes.mean, sizes.squared)
+
+    def passing(self, tokens: int, replayed: bool = False) -> float:
+        """Bytes of one example in the largest moment of a forward pass that keeps nothing."""
+        modules = self.above if replayed else self.outline.modules
+        return max((_moment(m, tokens) for m in modules), default=0.0)
+
+
+def _work(module: Module, sizes: Sizes | None) -> float:
+    if sizes is None or module.price.work == Amount():
+        return module.flops
+    return module.price.work.at(sizes.mean, sizes.squared)
+
+
+def _moment(module: Module, tokens: int) -> float:
+    """What one module is given, hands on and makes on its way: of that, attention keeps the most."""
+    price = module.price
+    return 4 * (price.takes.at(tokens) + price.gives.at(tokens)) + price.passes.at(tokens)
+
+
+def forecast(
+    recipe: Recipe, costs: Costs, sizes: Sizes, steps: int, steps_per_epoch: int, optimizer: int, copied: bool
+) -> Forecast:
+    """What a stage of so many steps costs.
+
+    `optimizer` is bytes of its state, `copied` whether the best weights are kept. One device is taken to do it all.
+    """
+    replayed = _replayed(recipe, costs, sizes, steps, steps_per_epoch)
+    rows = sizes.train / max(1, steps_per_epoch)  # of one step
+    step = rows * (costs.forward(sizes, replayed) + costs.backward(sizes))
+    judged = steps / (recipe.evaluation.eval_steps or steps_per_epoch) * sizes.validation
+    captured = (sizes.train + sizes.validation) * (costs.forward(sizes) - costs.forward(sizes, True)) * replayed
+    item = ITEM[recipe.cache.dtype]
+    kept = replayed * (sizes.train + sizes.validation) * costs.crossing(sizes) * item
+    return Forecast(
+        step_flops=step,
+        flops=steps * step + judged * costs.forward(sizes, replayed) + captured,
+        cache_bytes=round(kept),
+        memory=_memory(recipe, costs, sizes, rows, replayed, optimizer, copied),
+    )
+
+
+def _replayed(recipe: Recipe, costs: Costs, sizes: Sizes, steps: int, steps_per_epoch: int) -> bool:
+    """Whether a replay is to be expected: the run looks closer."""
+    under = 1 - costs.forward(replayed=True) / (costs.forward() or 1.0)
+    judged = sizes.validation / max(1, sizes.train) * steps / (recipe.evaluation.eval_steps or steps_per_epoch)
+    wanted = recipe.cache.mode != "off" and not recipe.task.draws
+    return wanted and costs.outline.measured and under >= WORTH and steps / steps_per_epoch + judged > 1
+
+
+def _memory(
+    recipe: Recipe, costs: Costs, sizes: Sizes, rows: float, replayed: bool, optimizer: int, copied: bool
+) -> Memory:
+    size = sum(parameter.size for parameter in costs.trained)
+    # What adapters of other stages take is little.
+    frozen = costs.outline.size - sum(parameter.size for parameter in costs.trained if parameter.adapter is None)
+    weights = 4 * size + ITEM[recipe.model.dtype] * frozen
+    batch = recipe.batch_size
+    micro = min(recipe.per_device_batch_size or batch, batch)
+    each = rows / batch  # an example may have several rows
+    activations = micro * each * costs.kept(sizes.longest)
+    judging = max(micro, 8) * each * costs.passing(sizes.longest, replayed)
+    forward = max(judging, CAPTURED * costs.passing(sizes.longest) * replayed)
+    gradients, best = 4 * size, 4 * size * copied
+    # Gradients come into being as activations go; where a step has several micro-batches, they wait for the next.
+    back = gradients + activations if ceil(batch / micro) > 1 else max(gradients, activations)
+    total = weights + optimizer + best + max(back, forward)
+    parts = (weights, optimizer, gradients, best, activations, forward, total)
+    return Memory(*(round(part) for part in parts))

@@ -1,0 +1,63 @@
+"""How much memory a run takes: of the device where it has its own, else of the process.
+
+It measures, and hands back what nobody uses; it knows no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+def taken(device: torch.device) -> int:
+    """Bytes that are taken now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") or _ever()
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes that were taken since `restart`, or ever where the system doesn't let a process ask for less."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") or _ever()
+
+
+def restart(device: torch.device) -> None:
+    """Let `peak` begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # Linux alone can, and not every container may
+        (_PROCESS / "clear_refs").write_text("5")
+
+
+def give_back() -> None:
+    """Hand what the allocator keeps for later back to the system: one stage's leavings are no use to the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> int:
+    """A figure of /proc/self/status, or 0 where there is none."""
+    with suppress(OSError):
+        for line in (_PROCESS / "status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _ever() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
