@@ -73,11 +73,12 @@ class Learner:
 
     # From stage to stage
 
-    def enter(self, stage: Stage, resumed: bool = False) -> int:
+    def enter(self, stage: Stage, resumed: bool = False, ahead: Sequence[Stage] = ()) -> int:
         """Make the model obey a stage; returns how many parameters brought their moments along.
 
-        A stage that is resumed has its adapters and its moments already. Raises `RunError` where the canary finds that
-        something else than asked would train.
+        What lies below the frost lines of the stages `ahead` may be captured with this one's. A stage that is resumed
+        has its adapters and its moments already. Raises `RunError` where the canary finds that something else than
+        asked would train.
         """
         if not resumed:
             self.restructure(stage)
@@ -86,7 +87,7 @@ class Learner:
         agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
-        self.shortcut = self._shortcut()
+        self.shortcut = self._shortcut(ahead)
         self.shortcut.train_mode()
         self._canary()
         found = freezing.parameters(self.model)
@@ -102,22 +103,28 @@ class Learner:
         self.replay.__enter__()
         return carried
 
-    def _shortcut(self) -> Shortcut:
+    def _shortcut(self, ahead: Sequence[Stage]) -> Shortcut:
         """The stage's way past its frozen prefix, under the precision it trains in."""
-        stage, splits = self.stage, [split for split in (self.data.train, self.data.validation) if split is not None]
-        every = self.recipe.evaluation.eval_steps or stage.steps_per_epoch
-        judged = len(splits[1]) / len(splits[0]) * (stage.steps / every) if len(splits) > 1 else 0.0
-        passes = stage.steps / stage.steps_per_epoch + judged
+        splits = [split for split in (self.data.train, self.data.validation) if split is not None]
+        if hasattr(self.model, "peft_config") or any(stage.attaches for stage in ahead):
+            ahead = ()  # adapters change what lies where
         with self.accelerator.autocast():
             return open_shortcut(
                 self.model,
                 splits,
                 lambda examples: self.task.inputs(self.collate(examples)),
                 None if self.task.draws else self.cache,
-                passes,
+                self._passes(self.stage),
                 self._first_refusal,
                 "the examples are drawn anew in each epoch" if self.task.draws else "the recipe says `cache: off`",
+                [stage.trainable for stage in ahead if self._passes(stage) > 1],
             )
+
+    def _passes(self, stage: Stage) -> float:
+        """How often a stage goes over its training rows, evaluations included by their share of rows."""
+        every = self.recipe.evaluation.eval_steps or stage.steps_per_epoch
+        judged = 0 if self.data.validation is None else len(self.data.validation) / len(self.data.train)
+        return stage.steps / stage.steps_per_epoch + judged * stage.steps / every
 
     def _first_refusal(self, refusal: str) -> str:
         return next(filter(None, gather_object([refusal])), "")

@@ -6,7 +6,7 @@ reason is said. It never changes what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,22 +60,29 @@ def open_shortcut(
     passes: float,
     agreed: Callable[[str], str],
     off: str = "the recipe says `cache: off`",
+    ahead: Sequence[Collection[str]] = (),
 ) -> Shortcut:
     """The shortcut of a stage whose flags are set; `cache` is None where nothing may be kept, and `off` says why.
 
     `collate` makes what the model itself takes. Rows that make up one example together are kept one by one.
 
     `passes` counts how often the stage goes over its training rows, evaluations included by their share of rows.
+    `ahead` holds what trains in each stage to come that will want to replay as well: what lies below its frost line is
+    captured in the same pass, unless something trains there before.
     `agreed` returns the first refusal of any process, given this one's: all of them replay, or none.
     """
-    found = find(model, _two_short(model, splits[0].single, collate))
+    short = _two_short(model, splits[0].single, collate)
+    found = find(model, short)
     line = found if isinstance(found, Line) else None
     if (reason := agreed(off if cache is None else _unwanted(found, passes))) or line is None or cache is None:
         return Shortcut(model, line, said=f"computes in full: {reason}")
-    opened = {split: Prefix.open(line, split.single, collate, cache) for split in splits}
+    later = _later(model, short, ahead)
+    for lines in ([line, *later], [line])[not later :]:  # where all of them are too much, this stage's own
+        opened = {split: Prefix.open_all(lines, split.single, collate, cache)[0] for split in splits}
+        if not (reason := agreed(next((each.reason for each in opened.values() if isinstance(each, Refusal)), ""))):
+            break
     prefixes = {split: prefix for split, prefix in opened.items() if isinstance(prefix, Prefix)}
-    refused = [prefix.reason for prefix in opened.values() if isinstance(prefix, Refusal)]
-    if reason := agreed(refused[0] if refused else ""):
+    if reason:
         return Shortcut(model, line, said=f"computes in full: {reason}")
     size = sum(prefix.size for prefix in prefixes.values())
     return Shortcut(model, line, prefixes, f"replays {line.saved:.0%} of a forward pass from {size / 1e6:,.1f} MB")
@@ -87,6 +94,18 @@ def _two_short(model: nn.Module, split: Split, collate: Callable[[Sequence[Any]]
     device = next(model.parameters()).device
     batch = collate(split.examples(order[:2].tolist()))
     return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
+def _later(model: nn.Module, short: Mapping[str, Any], ahead: Sequence[Collection[str]]) -> list[Line]:
+    """The frost lines of stages to come, as far as nothing trains below them until then."""
+    parameters = freezing.parameters(model)
+    moving, lines = {id(parameter) for parameter in freezing.trainable(model).values()}, []
+    for names in ahead:
+        found = find(model, short, trainable=names)
+        if isinstance(found, Line) and not any(id(tensor) in moving for _, tensor in found.prefix):
+            lines.append(found)
+        moving |= {id(parameters[name]) for name in names}
+    return lines
 
 
 def _unwanted(found: Line | Refusal, passes: float) -> str:
