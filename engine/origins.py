@@ -181,6 +181,7 @@ def _read(files: tuple[Path, ...], name: str, builder: str | None) -> Dataset:
         _refuse_file(file)
     with quietly(), _files_said_plainly(name):
         rows = load_dataset(kind, data_files=[glob.escape(str(file)) for file in files], split="train", **options)
+        rows.data.table.validate(full=True)  # JSON's reader takes bytes that are no UTF-8 for text
     if "__index_level_0__" in rows.column_names:  # pandas takes the first cells for names of the rows
         what = f"{name} has rows with more cells than its header has names"
         raise PlanError([Problem(_PATH, what, "put cells that hold the delimiter in quotes")])

@@ -239,6 +239,8 @@ def own(folder: Path) -> None:
     """Make the folder of all stores, for this user alone: who can write there could change what a model learns."""
     try:
         durable.make_folder(folder)
+        if folder.is_symlink():
+            raise RunError(f"{folder}: the cache is a link to elsewhere; give another folder", ENVIRONMENT)
         if folder.stat().st_uid != os.getuid():
             raise RunError(f"{folder}: the cache belongs to another user; give another folder", ENVIRONMENT)
         folder.chmod(0o700)

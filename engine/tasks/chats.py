@@ -14,6 +14,7 @@ from typing import Any
 from engine.errors import Key, PlanError, Problem
 from engine.tasks.base import Table
 from engine.tasks.columns import missing, wrong_kind
+from engine.tasks.confined import ConfinedError, confined
 
 Message = Mapping[str, Any]
 KEY: Key = ("data", "columns")
@@ -54,6 +55,29 @@ def _wrong(chat: list[Any]) -> str:
         if message["role"] == ASSISTANT and not message["content"].strip():
             return "a turn of the assistant is empty"
     return "" if any(message["role"] == ASSISTANT for message in chat) else "the assistant says nothing"
+
+
+def all_tokens(chats: Sequence[Sequence[Message]], processor: Any) -> Iterator[tuple[list[int], list[bool]]]:
+    """`tokens` of each chat, in a process that a template can't keep busy or make large beyond measure."""
+    answers = confined(lambda chat: _told(chat, processor), chats)
+    for chat in chats:
+        try:
+            said = next(answers)
+        except ConfinedError as error:
+            what = f"the model's chat template {error} for {_named(chat)}"
+            raise PlanError([Problem(KEY, what, "look at the template, or take another model")]) from error
+        if isinstance(said, dict):
+            raise PlanError([Problem(tuple(said["key"]), said["what"], said["next"])])
+        yield tuple(said)
+
+
+def _told(chat: Sequence[Message], processor: Any) -> Any:
+    """The tokens of a chat, or what is wrong with it, as JSON can hold it."""
+    try:
+        return tokens(chat, processor)
+    except PlanError as error:
+        (problem,) = error.problems
+        return {"key": problem.key, "what": problem.what, "next": problem.next}
 
 
 def tokens(chat: Sequence[Message], processor: Any) -> tuple[list[int], list[bool]]:

@@ -232,8 +232,7 @@ def _open(ids: list[int], processor: Any) -> list[int]:
 def _chats(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
     texts.need_fast(processor, "what the assistant wrote")
     pieces, lost = [], []
-    for chat in rows["messages"]:
-        ids, live = chats.tokens(chat, processor)
+    for ids, live in chats.all_tokens(rows["messages"], processor):
         labels = [token if alive else IGNORED for token, alive in zip(ids, live, strict=True)]
         pieces.append((ids[:most], labels[:most]))
         lost.append(len(ids) > most)
