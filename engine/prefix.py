@@ -246,9 +246,19 @@ def content(line: Line, fingerprint: str, batch: Mapping[str, Any]) -> str:
     ]
     facts.append([_adapter(module) for module in line.early if hasattr(module, "scaling")])
     digest = blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
-    _add(digest, line.prefix)
+    digest.update(_weights(line))
     _add(digest, ((key, value) for key, value in batch.items() if isinstance(value, Tensor)))
     return digest.hexdigest()
+
+
+def _weights(line: Line) -> bytes:
+    """The hash of everything frozen below a line; made once, for a model takes longer to hash than a split to open."""
+    written = tuple(tensor._version for _, tensor in line.prefix)  # counts writes in place
+    if line.hashed is None or line.hashed[0] != written:
+        digest = blake2b(digest_size=16)
+        _add(digest, line.prefix)
+        line.hashed = written, digest.digest()
+    return line.hashed[1]
 
 
 def _adapter(module: Any) -> str:

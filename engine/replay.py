@@ -209,6 +209,8 @@ class Line:
     """Modules at the line that run every time, because something live is in them; only their output is replaced."""
     shared: dict[nn.Module, Turns] = field(default_factory=dict)
     """Modules that run on both sides of the line, such as the one dropout of a T5 stack."""
+    hashed: tuple[tuple[int, ...], bytes] | None = None
+    """How often each tensor of `prefix` had been written to, and the hash of them all."""
     _fed: list[Tensor] | None = None
     _fresh: bool = False
     _turns: dict[nn.Module, int] = field(default_factory=dict)

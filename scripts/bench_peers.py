@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600, help="rows to train on; a quarter of that is judged")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5, help="of the scenarios with one stage")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round of 200 rows and two epochs: does it work"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round of 200 rows and two epochs: does it work")
     parser.add_argument("--table", action="store_true", help="only show what was measured before")
     parser.add_argument("--markdown", action="store_true")
     asked = parser.parse_args()
