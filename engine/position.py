@@ -74,7 +74,8 @@ class Position:
             "moved": sorted(learner.moved),
             "micro": learner.batching.micro,
             "records": folder.recorded(),
-            "kept": between,
+            # Those of generated stages make room: a schedule has many, and each holds all that moved so far.
+            "kept": between and isinstance(learner.recipe.stages, tuple),
         }
         tensors = learner.tensors()
         changed = {name: tensors[name] for name in sorted(learner.moved | learner.trained) if name in tensors}

@@ -37,7 +37,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor], stage: str) -> None:
-    """Two optimizer steps on one real batch, looked at closely and then undone.
+    """An optimizer step on one real batch, or two where the first can't reach everything; looked at closely and undone.
 
     Raises `RunError` where the loss is not finite, where it doesn't reach something that should train, where the
     optimizer holds anything else, or where something frozen moves, buffers included.
@@ -51,9 +51,10 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
     tensors = {**parameters(model), **{bare(name): buffer for name, buffer in model.named_buffers()}}
     kept = {name: tensors[name].detach().clone() for name in moving}
     try:
-        for _ in range(2):  # LoRA's first matrix has no gradient until its second, which starts at 0, has moved
+        if _take_step(optimizer, names, loss, stage):
+            # LoRA's first matrix has no gradient until its second, which starts at 0, has moved.
             _take_step(optimizer, names, loss, stage)
-        _stood_still(before, digests(model), moving, f"stage `{stage}`: two steps")
+        _stood_still(before, digests(model), moving, f"stage `{stage}`: a trial step")
     finally:
         for name, tensor in kept.items():
             tensors[name].data.copy_(tensor)
@@ -62,7 +63,8 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
 
 def _take_step(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], loss: Callable[[], torch.Tensor], stage: str
-) -> None:
+) -> bool:
+    """One step; whether something was left without a gradient."""
     value = loss()
     if not torch.isfinite(value):
         raise RunError(f"stage `{stage}`: the very first loss is {value.item()}; look at the labels and the inputs")
@@ -72,11 +74,13 @@ def _take_step(
             raise RunError(f"stage `{stage}`: `{name}` should train, but the loss doesn't depend on it; freeze it")
         if not torch.isfinite(parameter.grad).all():
             raise RunError(f"stage `{stage}`: the very first gradient of `{name}` is not finite")
+    reached = {id(parameter) for parameter in names.values() if parameter.grad is not None and parameter.grad.any()}
     for group in optimizer.param_groups:
-        if not any(parameter.grad.any() for parameter in group["params"]):
+        if not any(id(parameter) in reached for parameter in group["params"]):
             raise RunError(f"stage `{stage}`: the loss gives no gradient to {some(group['param_names'])}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return len(reached) < len(names)
 
 
 def _stood_still(before: Digests, after: Digests, moving: Collection[str], who: str) -> None:

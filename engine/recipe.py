@@ -123,7 +123,7 @@ class Training(Part):
     save_steps: Annotated[int, Field(ge=1)] = 500
     """Optimizer steps between two checkpoints; every evaluation and the end of every stage have one as well."""
     save_total_limit: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints to keep, besides the ends of stages."""
+    """Checkpoints to keep, besides the ends of stages that the recipe lists; generated ones are too many to keep."""
     logging_steps: Annotated[int, Field(ge=1)] = 10
     """Optimizer steps between two records of the loss."""
 

@@ -163,7 +163,7 @@ def test_canary_sees_a_frozen_tensor_move() -> None:
         return loss_of(model)
 
     name = "resnet.embedder.embedder.normalization.running_mean"
-    with pytest.raises(RunError, match=f"stage `top`: two steps moved `{name}`, which is frozen"):
+    with pytest.raises(RunError, match=f"stage `top`: a trial step moved `{name}`, which is frozen"):
         watched(moving)
 
 

@@ -165,7 +165,7 @@ def test_what_is_frozen_again_stays_as_it_was_left(tmp_path: Path, kind: str):
     root = place(tmp_path)
     stages = {"type": kind, "steps": 2} | REFREEZING[kind] | ({"stages": 3} if kind == "lisa" else {})
     stages |= {"cycles": 1} if kind == "block_coordinate" else {}
-    happened = run(root, freeze=FROZEN, stages=stages, training={"learning_rate": 1e-2})
+    happened = run(root, freeze=FROZEN, stages=stages, training={"learning_rate": 1e-2, "save_total_limit": 20})
     assert len(events(happened, StageStarted)) >= 3
     ends = sorted((root / "runs/recipe/checkpoints").glob("stage-*-step-000000"))
     saved = [load_file(end / "weights.safetensors") for end in ends]
@@ -180,10 +180,15 @@ def test_what_is_frozen_again_stays_as_it_was_left(tmp_path: Path, kind: str):
 def test_moments_of_what_freezes_are_forgotten(tmp_path: Path, kind: str):
     root = place(tmp_path)
     stages = {"type": kind, "steps": 2, "seed": 1} | ({"stages": 3} if kind == "lisa" else {"cycles": 1})
-    run(root, freeze=FROZEN, stages=stages, training={"learning_rate": 1e-2})
+    run(root, freeze=FROZEN, stages=stages, training={"learning_rate": 1e-2, "save_total_limit": 20})
     for end in sorted((root / "runs/recipe/checkpoints").glob("stage-*-step-000000")):
         moments = {name.split(".")[3] for name in load_file(end / "moments.safetensors") if "encoder.layer" in name}
         assert len(moments) == (2 if kind == "lisa" else 1)
+
+
+def test_ends_of_generated_stages_make_room(tmp_path: Path):
+    run(place(tmp_path), freeze=FROZEN, stages={"type": "lisa", "steps": 1, "stages": 6})
+    assert len(list((tmp_path / "runs/recipe/checkpoints").glob("stage-*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ TENSORS = {
 def test_frozen_tensor_that_moves_at_once(tmp_path: Path, plant: Plant, name: str) -> None:
     plant(mover(lambda model: _outside_positions(TENSORS[name](model)), after=0))
     sentence, code, happened = stopped(place(tmp_path), freeze=FROZEN)
-    assert sentence == f"stage `all`: two steps moved `{name}`, which is frozen; don't use this model"
+    assert sentence == f"stage `all`: a trial step moved `{name}`, which is frozen; don't use this model"
     assert code == GUARD
     assert not events(happened, Step)
 
