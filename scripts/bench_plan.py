@@ -1,59 +1,133 @@
-"""What a plan costs: `frostline plan` of large models from their config alone, time and memory of the process.
+"""What a plan costs: `frostline plan` for models of real size, from nothing but their config.json.
 
-    python scripts/bench_plan.py
+    python scripts/bench_plan.py [--json]
 
-No weights exist here, so none can be read; the numbers are those of a fresh process, imports included.
+Each plan is a process of its own, offline, in a folder that holds a config and a recipe: no weights, no tokenizer, no
+data. Times are from start to exit, imports included: on the clock, and of the processor, which is what a machine that
+does nothing else would take. Memory is the process's largest resident size. It ends with 1 where a plan takes more than
+15 seconds of the processor or 1.5 GiB.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import transformers
+MOST_SECONDS, MOST_BYTES = 15.0, 1.5 * 2**30
 
-MODELS = {
-    "bert-large": (
-        transformers.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-        "text-classification",
-    ),
-    "llama-7b": (transformers.LlamaConfig(pad_token_id=0, architectures=["LlamaForCausalLM"]), "text-generation"),
-    "vit-base": (transformers.ViTConfig(), "image-classification"),
+BERT_LARGE = {
+    "model_type": "bert",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "vocab_size": 30522,
 }
-RECIPE = """
-model: {name}
-task: {task}
-data: none
-freeze: ["@embeddings", "@blocks"]
-stages: [{{name: top, unfreeze: "@blocks[-4:]", epochs: 1}}]
-"""
+LLAMA_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+VIT_BASE = {"model_type": "vit"}
+"""The defaults of its config class are ViT-B/16 at 224 pixels."""
+
+HEAD_THEN_TOP = [
+    {"name": "head", "epochs": 1},
+    {"name": "top", "unfreeze": "@blocks[-4:]", "epochs": 1},
+]
+LORA = {"type": "lora", "target_modules": ["q_proj", "v_proj"], "r": 16}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "bert-large": (BERT_LARGE, {"task": "text-classification", "stages": HEAD_THEN_TOP}, 335.1e6),
+    "llama-7b": (LLAMA_7B, {"task": "text-generation", "stages": HEAD_THEN_TOP[1:]}, 6738.4e6),
+    "llama-7b, LoRA": (
+        LLAMA_7B,
+        {
+            "task": "text-generation",
+            "freeze": ["model", "lm_head"],
+            "adapters": [LORA],
+            "stages": [{"name": "all", "unfreeze": "@blocks", "epochs": 1}],
+        },
+        6738.4e6,
+    ),
+    "vit-base": (VIT_BASE, {"task": "image-classification", "stages": HEAD_THEN_TOP}, 85.8e6),
+}
+"""Name -> config, recipe, and the number of parameters that is known of the model."""
 
 
-def planned(folder: Path, name: str) -> tuple[float, float, float]:
-    """CPU seconds, wall seconds and peak MiB of planning one model."""
-    config, task = MODELS[name]
-    config.save_pretrained(folder / name)
-    (folder / f"{name}.yaml").write_text(RECIPE.format(name=name, task=task))
-    code = "import sys; from engine.cli import main; main(sys.argv[1:])"
-    words = ["plan", str(folder / f"{name}.yaml"), "--examples", "1000", "--data-root", str(folder)]
-    began = time.perf_counter()
-    child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code, *words])
-    _, status, used = os.wait4(child, 0)
-    if status:
-        raise subprocess.CalledProcessError(status, words)
-    return used.ru_utime + used.ru_stime, time.perf_counter() - began, used.ru_maxrss / 1024
+@dataclass(frozen=True)
+class Measured:
+    """One plan."""
+
+    name: str
+    seconds: float
+    """On the clock."""
+    processor_seconds: float
+    peak_bytes: int
+    plan: dict[str, Any]
+
+    @property
+    def within(self) -> bool:
+        """Whether it kept to the limits."""
+        return self.processor_seconds <= MOST_SECONDS and self.peak_bytes <= MOST_BYTES
+
+
+def measure(name: str) -> Measured:
+    """Plan one case in a process of its own; raises `RuntimeError` where that fails."""
+    config, recipe, _ = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "model").mkdir()
+        (root / "model/config.json").write_text(json.dumps(config))
+        whole = {"model": "model", "data": "none/at-all", "freeze": ["@embeddings", "@blocks"], **recipe}
+        (root / "recipe.yaml").write_text(json.dumps(whole))  # JSON is YAML
+        words = ["plan", str(root / "recipe.yaml"), "--json", "--examples", "10000", "--data-root", folder]
+        began = time.perf_counter()
+        with (root / "plan.json").open("w") as out, (root / "errors").open("w+") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "engine.cli", *words],
+                cwd=Path(__file__).resolve().parent.parent,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")},
+                stdout=out,
+                stderr=errors,
+            )
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds = time.perf_counter() - began
+            child.returncode = os.waitstatus_to_exitcode(status)
+            errors.seek(0)
+            if child.returncode:
+                raise RuntimeError(f"{name}: exit {child.returncode}: {errors.read()[-2000:]}")
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return Measured(
+            name, seconds, usage.ru_utime + usage.ru_stime, peak, json.loads((root / "plan.json").read_text())
+        )
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        figures = {name: planned(Path(folder), name) for name in MODELS}
-    print(f"{'model':12}{'CPU s':>8}{'wall s':>8}{'peak MiB':>10}")
-    for name, (cpu, wall, peak) in figures.items():
-        print(f"{name:12}{cpu:8.1f}{wall:8.1f}{peak:10,.0f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    as_json = parser.parse_args().json
+    measured = [measure(name) for name in CASES]
+    if as_json:
+        print(json.dumps([{**asdict(each), "plan": None} for each in measured], indent=1))
+    else:
+        print(f"{'model':<16}{'parameters':>12}{'clock':>9}{'processor':>11}{'peak':>11}")
+        for each in measured:
+            size = f"{each.plan['size'] / 1e6:,.1f} M"
+            times = f"{each.seconds:>7.1f} s{each.processor_seconds:>9.1f} s"
+            print(f"{each.name:<16}{size:>12}{times}{each.peak_bytes / 2**20:>7,.0f} MiB")
+    raise SystemExit(not all(each.within for each in measured))
 
 
 if __name__ == "__main__":
