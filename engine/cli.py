@@ -67,11 +67,11 @@ def plan(
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
 ) -> None:
     """Show what a recipe will do: who trains in which stage, at which rate, at what cost. No weights are read."""
-    from engine import screen, start
+    from engine import screen, start, thrift
 
     loaded, name = one_recipe(what)
     with placed(loaded.source):
-        drafted = start.draft(loaded, data_root, examples)
+        drafted = start.timed(start.draft(loaded, data_root, examples))
     if picture:
         screen.draw_plan(drafted.plan, picture, dark)
     if json:
@@ -79,7 +79,8 @@ def plan(
     elif write:
         screen.print_stages(loaded.recipe, drafted.outline)
     else:
-        screen.show_plan(screen.console(), name, drafted.plan)
+        notes = thrift.notes(loaded.recipe, drafted.plan, drafted.outline)
+        screen.show_plan(screen.console(), name, drafted.plan, notes)
 
 
 @app.command()

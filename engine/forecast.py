@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 
 from engine.outline import Amount, Module, Outline, below
 from engine.recipe import Recipe
@@ -192,8 +191,8 @@ def _memory(
     judging = max(micro, 8) * each * costs.passing(sizes.longest, replayed)
     forward = max(judging, CAPTURED * costs.passing(sizes.longest) * replayed)
     gradients, best = 4 * size, 4 * size * copied
-    # Gradients come into being as activations go; where a step has several micro-batches, they wait for the next.
-    back = gradients + activations if ceil(batch / micro) > 1 else max(gradients, activations)
-    total = weights + optimizer + best + max(back, forward)
+    # The stage is tried before it begins, with a copy of what trains. An allocator rarely gives the room of one part to
+    # another, so that what is never needed at the same time adds up all the same.
+    total = weights + optimizer + gradients + best + 4 * size + activations + forward
     parts = (weights, optimizer, gradients, best, activations, forward, total)
     return Memory(*(round(part) for part in parts))

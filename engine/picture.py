@@ -65,6 +65,12 @@ class Column:
     cost: float
     cached_cost: float
     opens: tuple[str, ...]
+    memory: int
+    """Bytes at the peak, as forecast."""
+    disk: int
+    """Bytes that the cache will take."""
+    seconds: float | None
+    """How long it will take, where a machine's rate is known."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,9 @@ def _column(stage: Mapping[str, Any], whole: int) -> Column:
         cost=stage["cost"],
         cached_cost=stage["cached_cost"],
         opens=tuple(opening["pattern"] for opening in stage["opens"]),
+        memory=stage["forecast"]["memory"]["total"],
+        disk=stage["forecast"]["cache_bytes"],
+        seconds=stage["forecast"]["seconds"],
     )
 
 
@@ -228,6 +237,9 @@ def _figures(columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
         ("optimizer + gradients", [weight(column.bytes) for column in columns]),
         ("work of a step", [portion(column.cost) for column in columns]),
         ("with replay", [portion(column.cached_cost) for column in columns]),
+        ("memory, forecast", [weight(column.memory) for column in columns]),
+        ("kept on disk", [weight(column.disk) if column.disk else "-" for column in columns]),
+        ("time, estimate", [duration(column.seconds) for column in columns]),
     ]
 
 
@@ -245,6 +257,19 @@ def weight(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.1f} {unit}"
     return f"{number:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them: `3 min 5 s`."""
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def portion(share: float) -> str:

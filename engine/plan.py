@@ -105,6 +105,14 @@ class Plan:
     fingerprint: str = field(default="", compare=False)
     """sha256 over everything else."""
 
+    def timed(self, flops_per_second: float) -> Plan:
+        """The same plan, with an estimate of how long each stage takes at a rate; its fingerprint stays."""
+        stages = (
+            replace(stage, forecast=replace(stage.forecast, seconds=stage.forecast.flops / flops_per_second))
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages))
+
     def json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return json.loads(json.dumps(asdict(self), default=lambda part: part.model_dump()))

@@ -18,7 +18,7 @@ from typing import Any
 from engine import picture, records
 from engine.charts import Chart, Series, Span, chart
 from engine.errors import ENVIRONMENT, RunError
-from engine.picture import count, portion, rates, weight
+from engine.picture import count, duration, portion, rates, weight
 
 PAGES = Path(__file__).parent / "pages"
 MOST_CLASSES = 24
@@ -207,6 +207,14 @@ class StageRow:
     ended: Mapping[str, Any] | None
     seconds_per_step: float | None
     planned_bytes: int
+    base_bytes: int
+    """What the process took before the model was loaded."""
+
+    @property
+    def forecast(self) -> int | None:
+        """Memory that the plan foretold, with what the process took by itself."""
+        told = self.plan.get("forecast")
+        return told["memory"]["total"] + self.base_bytes if told else None
 
     @property
     def replayed(self) -> float:
@@ -221,6 +229,7 @@ class StageRow:
 def stages(papers: Papers) -> list[StageRow]:
     """Every stage of the plan, with what became of it."""
     rows = []
+    base = next((event.get("base_bytes", 0) for event in papers.of("started")), 0)
     for stage in papers.plan["stages"]:
         name = stage["name"]
         steps = [event for event in papers.of("step", stage=name) if event["seconds"] is not None]
@@ -233,6 +242,7 @@ def stages(papers: Papers) -> list[StageRow]:
                 ended=next(iter(papers.of("stage_ended", stage=name)), None),
                 seconds_per_step=math.fsum(event["seconds"] for event in steps) / last if last else None,
                 planned_bytes=stage["optimizer_bytes"] + stage["gradient_bytes"],
+                base_bytes=base,
             )
         )
     return rows
@@ -308,19 +318,6 @@ def classes(split: str, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: `3 min 5 s`."""
-    if seconds is None:
-        return "-"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def metric(value: float | None) -> str:

@@ -49,8 +49,8 @@ def print_stages(recipe: Recipe, outline: Outline) -> None:
     yaml.dump({"stages": [{"name": entry.pop("name"), **entry} for entry in entries]}, sys.stdout)
 
 
-def show_plan(console: Console, name: str, plan: Plan) -> None:
-    """The plan: layers against stages, the head on top, and the numbers of each stage below."""
+def show_plan(console: Console, name: str, plan: Plan, notes: Iterable[str] = ()) -> None:
+    """The plan: layers against stages, the head on top, the numbers of each stage below, and notes on what it costs."""
     drawn = picture(plan.json(), folded=True)
     name, size = _told(name), f"{_told(plan.architecture)}, {count(plan.size)} parameters"
     console.print(f"[bold]{name}[/]  {size}, {plan.examples:,} examples, {plan.batch_size} a step\n", highlight=False)
@@ -62,6 +62,16 @@ def show_plan(console: Console, name: str, plan: Plan) -> None:
     console.print(
         "[dim]The work of a step is counted in FLOPs; 100% is a step that trains everything.[/]", highlight=False
     )
+    sizes = plan.sizes
+    lengths = f" of {sizes.mean:.0f} tokens on average and {sizes.longest} at most" if sizes.longest else ""
+    counted = "as the data have them" if sizes.known else "as assumed, for nobody has looked at the data"
+    console.print(
+        f"[dim]Memory, disk and time are for {sizes.train + sizes.validation:,} rows{lengths}, {counted}; on one "
+        "device. Memory comes on top of what the process takes by itself.[/]",
+        highlight=False,
+    )
+    for note in notes:
+        console.print(f"[yellow]note[/]  {escape(clean(note))}", highlight=False, soft_wrap=True)
     if not plan.measured:
         console.print(
             "[yellow]order and cost of the modules are guessed from their sizes: this model can't be traced[/]"

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, memory, models, optim, report, store
+from engine import checkpoint, data, memory, models, optim, report, speed, store
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
@@ -57,6 +57,20 @@ def draft(loaded: Loaded, root: Path, examples: int | None = None) -> Draft:
     if rows is None:
         return Draft(*models.draft(recipe, bones, examples or 0), None)
     return Draft(*models.draft(recipe, bones, *_counted(recipe, rows, bones, root)), rows)
+
+
+def timed(drafted: Draft) -> Draft:
+    """The same draft with an estimate of time: this machine is tried for half a second at a block of the model's width.
+
+    The processor is tried, for a plan starts no device.
+    """
+    plan, outline = drafted.plan, drafted.outline
+    block = next(iter(outline.blocks), None)
+    taken = next((m.price.takes for m in outline.modules if m.name == block), None)
+    tokens = round(plan.batch_size * (plan.sizes.mean or 1))
+    width = taken.at(plan.sizes.mean) / (plan.sizes.mean or 1) if taken else 0
+    found = speed.rate(min(4096, max(32, round(width or 256))), min(8192, max(32, tokens)))
+    return replace(drafted, plan=plan.timed(found))
 
 
 def _counted(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> tuple[int, tuple[str, ...], Sizes]:
