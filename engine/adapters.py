@@ -57,6 +57,7 @@ UNFIT = {
     "pvera": "merges into other weights than it computes with, so no run could save what it learned",
     "shadow": WHOLE,
     "shira": READ,
+    "supertuning": "passes over the hooks of the layers below it, and replaying a frozen prefix hangs on these",
     "trainable_tokens": "trains rows of the word embeddings: unfreeze `@embeddings` in a stage",
 }
 """Kinds of PEFT's that no stage can train, and why."""

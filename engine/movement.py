@@ -60,12 +60,17 @@ def _squares(sample: torch.Tensor, tensor: torch.Tensor) -> float:
     return float(sample.double().square().sum()) * tensor.numel() / max(1, sample.numel())
 
 
+ADDITIVE = {"c3a", "fourierft", "gralora", "loha", "lokr", "lora", "peanut", "randlora", "tinylora", "unilora"}
+ADDITIVE |= {"vblora", "vera", "waveft"}
+"""Kinds whose `get_delta_weight` is a matrix that is added; that of HRA, OFT and their kin turns the weight instead."""
+
+
 def _adapter_changes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weight -> a sample of what the adapters on it add, where PEFT can say that as a matrix (the LoRA family)."""
+    """Weight -> a sample of what the adapters on it add, where that is a matrix."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_delta_weight"):
+        if not isinstance(module, BaseTunerLayer) or type(module).__module__.split(".")[2] not in ADDITIVE:
             continue
         weight = f"{bare(name)}.weight"
         live = [adapter for adapter in module.active_adapters if adapter not in module.merged_adapters]

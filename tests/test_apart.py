@@ -24,7 +24,11 @@ from safetensors.torch import load_file
 from engine.adapters import UNFIT, WHOLE, config
 from engine.records import Proved, Step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),  # BOFT does without it
+    pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor:UserWarning"),
+]
 
 KINDS: dict[str, dict[str, Any]] = {
     "beft": {},
@@ -43,13 +47,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "lokr": {"r": 2},
     "lora": {"r": 4},
     "miss": {"r": 2},
-    "oft": {},
+    "oft": {"oft_block_size": 8},
     "osf": {},
     "peanut": {"r": 2},
     "psoft": {"r": 4},
     "randlora": {"r": 2},
     "road": {"group_size": 8},
-    "supertuning": {},
     "tinylora": {},
     "unilora": {},
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2},
