@@ -70,13 +70,17 @@ class Prefix:
         self.line, self.source, self.collate, self.survey, self.stores = line, source, collate, seen, tuple(stores)
 
     @classmethod
-    def open(cls, line: Line, source: Source, collate: Collate, cache: Cache) -> Prefix | Refusal:
+    def open(
+        cls, line: Line, source: Source, collate: Collate, cache: Cache, ahead: Sequence[Line] = ()
+    ) -> Prefix | Refusal:
         """What lies below `line` for every example of `source`: read from the folder, captured where it's missing.
 
-        On several devices each captures its share and reads the others'. A refusal may concern one device alone (a full
-        disk), so ask all of them before relying on it.
+        The lines `ahead`, those of later stages, are captured in the same pass; whether a replay of them can be trusted
+        is for whoever opens them. On several devices each captures its share and reads the others'. A refusal may
+        concern one device alone (a full disk), so ask all of them before relying on it.
         """
-        return cls.open_all([line], source, collate, cache)[0]
+        found = cls._captured([line, *ahead], source, collate, cache)
+        return found if isinstance(found, Refusal) else found[0]._trusted()
 
     @classmethod
     def open_all(cls, lines: Sequence[Line], source: Source, collate: Collate, cache: Cache) -> list[Prefix | Refusal]:
@@ -85,20 +89,25 @@ class Prefix:
         What is captured for a later stage holds as long as nothing below its line trains before: a store's name
         contains the weights, so a stage that asks later finds the very same or captures anew.
         """
+        found = cls._captured(lines, source, collate, cache)
+        return [found] * len(lines) if isinstance(found, Refusal) else [each._trusted() for each in found]
+
+    @classmethod
+    def _captured(cls, lines: Sequence[Line], source: Source, collate: Collate, cache: Cache) -> list[Prefix] | Refusal:
         surveys = [capturing.survey(line, source, collate) for line in lines]
         if refused := next((each for each in surveys if isinstance(each, Refusal)), None):
-            return [refused] * len(lines)
+            return refused
         kept = _Keeping(lines, [each for each in surveys if isinstance(each, Survey)], source, collate, cache)
         if sentence := kept.too_large():
-            return [Refusal(sentence)] * len(lines)
+            return Refusal(sentence)
         try:
             stores = kept.stores()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
-            return [Refusal(f"the cache in {cache.folder} can't be written: {reason(error)}")] * len(lines)
+            return Refusal(f"the cache in {cache.folder} can't be written: {reason(error)}")
         parts = zip(lines, kept.surveys, stores, strict=True)
-        return [cls(line, source, collate, seen, each)._trusted() for line, seen, each in parts]
+        return [cls(line, source, collate, seen, each) for line, seen, each in parts]
 
     @property
     def size(self) -> int:

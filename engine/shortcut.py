@@ -77,8 +77,8 @@ def open_shortcut(
     if (reason := agreed(off if cache is None else _unwanted(found, passes))) or line is None or cache is None:
         return Shortcut(model, line, said=f"computes in full: {reason}")
     later = _later(model, short, ahead)
-    for lines in ([line, *later], [line])[not later :]:  # where all of them are too much, this stage's own
-        opened = {split: Prefix.open_all(lines, split.single, collate, cache)[0] for split in splits}
+    for more in [later, []] if later else [[]]:  # where all of them are too much, this stage's own
+        opened = {split: Prefix.open(line, split.single, collate, cache, more) for split in splits}
         if not (reason := agreed(next((each.reason for each in opened.values() if isinstance(each, Refusal)), ""))):
             break
     prefixes = {split: prefix for split, prefix in opened.items() if isinstance(prefix, Prefix)}
