@@ -124,9 +124,15 @@ def _masked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
 
 
+def _squarely_masked(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    length, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+    return {**inputs, "attention_mask": torch.zeros(1, 1, length, length, device=device)}
+
+
 VARIANTS: tuple[Variant, ...] = (
     lambda inputs: inputs,
     _masked,
+    _squarely_masked,  # a mask from token to token is taken as it is, where another is looked into
     lambda inputs: {name: value[:, None] for name, value in inputs.items()},  # several choices, of which this is one
 )
 """What to try a model with: some can't do without a mask, others look into it, and a skeleton has no values."""
