@@ -122,7 +122,8 @@ def attach(model: nn.Module, name: str, config: PeftConfig) -> None:
         with catch_warnings():
             filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what a recipe may ask for
             # The tuner itself, not `inject_adapter_in_model`: that refuses kinds whose layers share matrices (VeRA).
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=name)
+            kind = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # pyright: ignore[reportArgumentType]
+            tuner = kind(model, config, adapter_name=name)
     except (NotImplementedError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"PEFT can't put it on this model: {' '.join(str(error).split())}") from error
     model.__dict__.setdefault(TUNERS, {})[name] = tuner  # past `nn.Module`: the model lies in its tuner already
@@ -139,7 +140,8 @@ def states(model: nn.Module) -> dict[str, tuple[PeftConfig, dict[str, Any]]]:
     found = {}
     for name, tuner in tuners.items():
         wrapped = nn.Module()  # as a `PeftModel` wraps it, which is where names begin
-        wrapped.base_model, wrapped.peft_config = tuner, configs
+        wrapped.base_model = tuner
+        wrapped.__dict__["peft_config"] = configs
         kept = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
         found[name] = (configs[name], kept)
     return found

@@ -98,8 +98,8 @@ def show_entries(console: Console, entries: Iterable[Entry]) -> None:
 def show_kept(console: Console, folder: Path, kept: Iterable[Kept], total: int) -> None:
     """The activations that runs have kept, as a table."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title, side in (("model", "left"), ("kept at", "left"), ("rows", "right"), ("type", "left"), ("size", "right")):
-        table.add_column(title, justify=side)
+    for title in ("model", "kept at", "rows", "type", "size"):
+        table.add_column(title, justify="right" if title in ("rows", "size") else "left")
     table.add_column("last used")
     for one in kept:
         used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")

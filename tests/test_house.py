@@ -22,8 +22,8 @@ FLOORS = """
 0 adapters tasks schedules
 1 recipe schema source reading wording load
 2 openings plan layers forecast thrift
-3 memory speed processes freezing tracing pricing outlining models origins selection data batches optim media mediafolders
-3 trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
+3 memory speed processes freezing tracing pricing outlining models origins selection data batches optim media
+3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 apart folder learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting
 5 cli run
