@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ import transformers
 
 from engine.errors import PlanError
 from engine.models import draft
-from engine.openings import entries, resolve
-from engine.outlining import outline
 from engine.recipe import Recipe
 
 FROZEN = ("@embeddings", "@blocks")
@@ -190,89 +187,3 @@ def test_the_plan_is_a_pure_function_with_a_fingerprint():
     assert json.loads(json.dumps(one.json())) == one.json()
     assert plan_of(bert(), seed=1, **keys).fingerprint != one.fingerprint
     assert plan_of(bert(), examples=500, **keys).fingerprint != one.fingerprint
-
-
-# An independent reading of the language's rule, against which the plan is held over architectures and schedules.
-
-
-def reference(model, entries, freeze, roles):
-    """Names of what trains after each stage, by module names alone."""
-
-    def takes(pattern, name):
-        if pattern.startswith("@"):
-            inside = roles[re.match(r"@\w+", pattern)[0]]
-            if index := re.search(r"\[(.*)\]", pattern):
-                parts = [int(part) if part else None for part in index[1].split(":")]
-                inside = inside[slice(*parts)] if len(parts) > 1 else [inside[parts[0]]]
-            return any((name + ".").startswith(module + ".") for module in inside)
-        return re.search(rf"(^|\.)({pattern})\.", name) is not None
-
-    open_now = {name for name, _ in model.named_parameters()}
-    everything = set(open_now)
-    for index, entry in enumerate(entries):
-        for pattern in (*(freeze if index == 0 else ()), *entry.freeze):
-            open_now -= {name for name in everything if takes(pattern, name)}
-        for pattern in entry.unfreeze:
-            open_now |= {name for name in everything if takes(pattern, name)}
-        yield set(open_now)
-
-
-SMALL = SimpleNamespace(
-    text={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50},
-    image={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8},
-)
-TEXT, IMAGE = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
-ARCHITECTURES = {
-    "bert": (transformers.BertConfig(num_hidden_layers=4, **SMALL.text), TEXT),
-    "roberta": (transformers.RobertaConfig(num_hidden_layers=4, **SMALL.text), TEXT),
-    "electra": (transformers.ElectraConfig(num_hidden_layers=4, embedding_size=32, **SMALL.text), TEXT),
-    "distilbert": (transformers.DistilBertConfig(dim=32, n_layers=4, n_heads=2, hidden_dim=64, vocab_size=50), TEXT),
-    "deberta": (transformers.DebertaV2Config(num_hidden_layers=4, **SMALL.text), TEXT),
-    "modernbert": (transformers.ModernBertConfig(num_hidden_layers=4, pad_token_id=0, **SMALL.text), TEXT),
-    "gpt2": (transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=50), TEXT),
-    "llama": (transformers.LlamaConfig(num_hidden_layers=4, **SMALL.text), TEXT),
-    "vit": (transformers.ViTConfig(num_hidden_layers=4, **SMALL.image), IMAGE),
-    "swin": (
-        transformers.SwinConfig(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2),
-        IMAGE,
-    ),
-    "resnet": (transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]), IMAGE),
-    "convnext": (transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]), IMAGE),
-}
-SELECTORS = ("@blocks[-1]", "@blocks[-2:]", "@embeddings", "@blocks[1:3]")
-SCHEDULES = (
-    lambda pattern: (stage("head"), stage("alone", freeze="@head", unfreeze=pattern)),
-    lambda pattern: (stage("head"), stage("then", unfreeze=pattern)),
-    lambda pattern: (stage("head"), stage("in", unfreeze=pattern), stage("out", freeze=pattern, unfreeze="@blocks[0]")),
-)
-GENERATED = (
-    {"type": "sliding", "blocks_per_stage": 2},
-    {"type": "sliding", "blocks_per_stage": 1, "stride": 3, "direction": "up"},
-    {"type": "lisa", "stages": 20, "seed": 3},
-    {"type": "block_coordinate", "cycles": 2, "seed": 3},
-    {"type": "surgical", "unfreeze": "@blocks[:2]", "head_epochs": 1.0},
-)
-"""Schedules that freeze again what they have opened, or that open a set of blocks alone."""
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_trainable_set_is_what_module_names_alone_say(name):
-    model = skeleton(*ARCHITECTURES[name])
-    seen = outline(model)
-    roles = {"@blocks": seen.blocks, "@embeddings": seen.embeddings, "@head": seen.head}
-    assert len(seen.blocks) == 4
-    assert seen.head
-    assert seen.embeddings
-    for pattern in SELECTORS:
-        for make_stages in SCHEDULES:
-            asked = recipe(freeze=FROZEN, stages=make_stages(pattern))
-            agrees(model, asked, seen, asked.stages, roles)
-    for keys in GENERATED:
-        asked = recipe(freeze=FROZEN, stages={"epochs": 1} | keys)
-        agrees(model, asked, seen, [entry for entry, _ in entries(asked, seen)], roles)
-
-
-def agrees(model, asked, seen, stages, roles):
-    resolved = resolve(asked, seen)
-    assert not resolved.problems
-    assert [set(each.trainable) for each in resolved.stages] == list(reference(model, stages, asked.freeze, roles))
