@@ -48,12 +48,28 @@ def launched() -> Accelerator:
         sentence = f"WORLD_SIZE says {asked} processes, but no launcher has told this one which of them it is"
         raise RunError(f"{sentence}; use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    with _meeting():
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     if asked != accelerator.num_processes:
         sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
         raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
-    _patient[:] = [distributed.new_group(backend="gloo", timeout=PATIENCE)] if distributed.is_initialized() else []
+    with _meeting():
+        _patient[:] = [distributed.new_group(backend="gloo", timeout=PATIENCE)] if distributed.is_initialized() else []
     return accelerator
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Inside, the processes look for each other; one that looks in vain is a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        if not isinstance(error, distributed.DistError) and not _LOST.search(words):
+            raise
+        what = f"the processes of this run did not find each other ({words[:160]})"
+        advice = "see what the others say, and that the address and port of the first can be reached"
+        raise RunError(f"{what}; {advice}", ENVIRONMENT) from error
 
 
 def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
