@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import adapters, freezing, models, optim
 from engine.batches import Batching
-from engine.data import Encoded, Split, order
+from engine.data import Encoded, Split
 from engine.errors import PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.prefix import Cache
@@ -218,18 +218,11 @@ class Learner:
         return self.indices[place * size : (place + 1) * size]
 
     def _order(self, epoch: int) -> np.ndarray:
-        split, training = self.data.train, self.recipe.training
-        return order(
-            len(split),
-            split.lengths,
-            training.train_sampling_strategy,
-            self.recipe.batch_size,
-            self.recipe.seed,
-            self.stage.name,
-            epoch,
-        )
+        strategy, size = self.recipe.training.train_sampling_strategy, self.recipe.batch_size
+        return self.data.train.order(strategy, size, self.recipe.seed, self.stage.name, epoch)
 
-    def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
+    def collated(self, split: Split, indices: Sequence[int]) -> Batch:
+        """The batch of some examples of a split, on the device."""
         examples = split.examples(indices)
         if self.task.draws and split is self.data.train:
             for index, example in zip(split.rows(indices), examples, strict=True):

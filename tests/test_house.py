@@ -22,7 +22,7 @@ FLOORS = """
 0 adapters tasks schedules
 1 recipe schema source reading wording load
 2 openings plan layers forecast thrift
-3 memory speed processes freezing tracing pricing outlining models origins selection data batches optim media
+3 memory speed processes freezing tracing pricing outlining models origins selection split data batches optim media
 3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 apart folder learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting
