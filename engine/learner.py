@@ -221,8 +221,7 @@ class Learner:
         strategy, size = self.recipe.training.train_sampling_strategy, self.recipe.batch_size
         return self.data.train.order(strategy, size, self.recipe.seed, self.stage.name, epoch)
 
-    def collated(self, split: Split, indices: Sequence[int]) -> Batch:
-        """The batch of some examples of a split, on the device."""
+    def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
         examples = split.examples(indices)
         if self.task.draws and split is self.data.train:
             for index, example in zip(split.rows(indices), examples, strict=True):
