@@ -39,7 +39,7 @@ Batch = dict[str, Any]
 
 
 class Learner:
-    """Trains and judges a model, one stage at a time."""
+    """Trains a model, one stage at a time."""
 
     def __init__(
         self,
@@ -67,8 +67,6 @@ class Learner:
         """Whether a signal has asked this process to stop after the step it is in."""
         self.stopping = False
         """Whether one has asked any process, so that all of them stop after the same step."""
-        self.confusion: list[list[int]] | None = None
-        """Of the last evaluation: how often each label (row) was taken for each (column)."""
         self.smoother = _smoother(recipe)
 
     # From stage to stage
@@ -171,7 +169,7 @@ class Learner:
         """
         optim.set_rates(self.optimizer, self.share(step))
         share = self.batching.share(self._indices(step), self.accelerator.process_index)
-        batches = [self._collated(self.data.train, micro.indices) for micro in share]
+        batches = [self.collated(self.data.train, micro.indices) for micro in share]
         weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
         total, self.stopping = self._total(sum(weights))
         if not total:
@@ -221,7 +219,8 @@ class Learner:
         strategy, size = self.recipe.training.train_sampling_strategy, self.recipe.batch_size
         return self.data.train.order(strategy, size, self.recipe.seed, self.stage.name, epoch)
 
-    def _collated(self, split: Split, indices: Sequence[int]) -> Batch:
+    def collated(self, split: Split, indices: Sequence[int]) -> Batch:
+        """The batch of some examples of a split, on the device."""
         examples = split.examples(indices)
         if self.task.draws and split is self.data.train:
             for index, example in zip(split.rows(indices), examples, strict=True):
@@ -261,7 +260,7 @@ class Learner:
         longest = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths)[::-1]
         while True:
             indices = longest[: self.batching.micro].tolist()
-            batch = self._collated(split, indices)
+            batch = self.collated(split, indices)
             scratch = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
             short = False
             try:
@@ -285,40 +284,8 @@ class Learner:
 
     # Judging
 
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Every metric of the recipe and the loss, each example counted once. Raises `RunError` where one is lost."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        size = self.recipe.evaluation.batch_size or max(self.batching.micro, 8)
-        by_length = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths, kind="stable")
-        chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)]
-        rows: list[tuple[int, Any, Any]] = []
-        sums: list[tuple[float, int]] = []
-        written = self.task.writes and bool(self.metrics)
-        with freezing.eval_mode(self.model):
-            for chunk in chunks[rank::processes]:
-                batch = self._collated(split, chunk)
-                if hasattr(self, "shortcut"):
-                    self.shortcut.feed(split, chunk, batch)
-                outputs = self.bare_forward(batch)
-                weight = self.task.weight(batch)
-                sums.append((float(outputs.loss) * weight if weight else 0.0, weight))
-                if not written:
-                    rows += zip(chunk, *self.task.answers(outputs, batch), strict=True)
-            if written:
-                rows = self._written(split, chunks[rank::processes])
-        return self._scored(split, gather_object(rows), gather_object(sums))
-
-    def _written(self, split: Split, chunks: Sequence[list[int]]) -> list[tuple[int, Any, Any]]:
-        """What the model writes for some examples, and what it should."""
-        rows: list[tuple[int, Any, Any]] = []
-        with self._in_full(), self.accelerator.autocast():
-            for chunk in chunks:
-                answers = self.task.write(self.model, self._collated(split, chunk), self.processor)
-                rows += zip(chunk, *answers, strict=True)
-        return rows
-
     @contextmanager
-    def _in_full(self) -> Iterator[None]:
+    def in_full(self) -> Iterator[None]:
         """Outside of any replay: writing reads keys and values that lie below the frost line."""
         if not hasattr(self, "replay"):
             yield
@@ -329,25 +296,6 @@ class Learner:
         finally:
             self.replay = self.shortcut.replaying()
             self.replay.__enter__()
-
-    def bare_forward(self, batch: Batch) -> Any:
-        """A forward pass under the accelerator's precision, without DDP's hooks."""
-        with self.accelerator.autocast():
-            return self.task.forward(self.model, batch)
-
-    def _scored(
-        self, split: Split, rows: Sequence[tuple[int, Any, Any]], sums: Sequence[tuple[float, int]]
-    ) -> dict[str, float]:
-        rows = sorted(rows, key=lambda row: row[0])
-        if [index for index, _, _ in rows] != list(range(len(split))):
-            raise RunError(f"{len(rows)} answers came back for {len(split)} examples; an evaluation counts each once")
-        weight = sum(part for _, part in sums)
-        # Summed exactly, so that the order of the devices is no part of the result.
-        loss = math.fsum(part for part, _ in sums) / weight if weight else math.nan
-        predictions, references = [row[1] for row in rows], [row[2] for row in rows]
-        scores = self.task.score(predictions, references, self.metrics, self.facts)
-        self.confusion = self.task.confusion(predictions, references, self.facts)
-        return {"loss": loss, **scores}
 
     @property
     def metrics(self) -> tuple[str, ...]:

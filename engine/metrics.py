@@ -1,6 +1,7 @@
 """Metrics by name: what each serves, whether more of it is better, and how it is computed from a model's scores.
 
-Works on numpy arrays alone; scikit-learn and scipy are imported when a metric is computed. An undefined metric (one
+Works on numpy arrays alone; scikit-learn and scipy do the counting, and are imported when a metric is computed: a
+second of start-up is the price of not counting ourselves. An undefined metric (one
 class only, constant values, a score that is not finite) is NaN: nothing here warns, and nothing here decides what a
 NaN means for a run.
 """

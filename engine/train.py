@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from engine import adapters, apart, memory
 from engine.errors import STOPPED
 from engine.folder import RunFolder
+from engine.judging import judge
 from engine.learner import Learner
 from engine.movement import Start
 from engine.plan import Plan, Stage
@@ -26,6 +27,8 @@ from engine.position import Best, Position
 from engine.processes import alike, together
 from engine.proof import Digests, compare, digests
 from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageStarted, Step
+
+Confusion = list[list[int]] | None
 
 
 class Loop:
@@ -48,8 +51,9 @@ class Loop:
             yield from self._stage(self.plan.stages[self.position.stage])
         if self.learner.data.test is not None:
             last = self.plan.stages[-1]
-            yield self._judged(last, last.steps, "test")
-            self._keep_confusion(last, last.steps, "test")
+            judged, confusion = self._judged(last, last.steps, "test")
+            yield judged
+            self._keep_confusion(judged, confusion)
         if adapters.adapted(self.learner.model):
             write = partial(apart.write, self.learner, self.before.keys())
             together(self.learner.accelerator, lambda: self.folder.save_apart(write))
@@ -72,7 +76,7 @@ class Loop:
                 yield self._taken(stage, norm, time.perf_counter() - clock)
                 clock = time.perf_counter()
             if due:
-                yield self._weighed(stage, self._judged(stage, position.step, "validation"))
+                yield self._weighed(stage, *self._judged(stage, position.step, "validation"))
             self._keep(stage, due)
             clock = time.perf_counter() if due else clock
         if self._stale(stage):
@@ -138,17 +142,19 @@ class Loop:
         rates = tuple(group["lr"] for group in self.learner.optimizer.param_groups)
         return Step(stage.name, self.position.step, stage.steps, self.learner.taken_loss(), norm, rates, seconds)
 
-    def _judged(self, stage: Stage, step: int, split: str) -> Evaluated:
+    def _judged(self, stage: Stage, step: int, split: str) -> tuple[Evaluated, Confusion]:
         began = time.perf_counter()
-        metrics = self.learner.evaluate(getattr(self.learner.data, split))
-        return Evaluated(stage.name, step, split, metrics, seconds=time.perf_counter() - began)
+        found = judge(self.learner, getattr(self.learner.data, split))
+        seconds = time.perf_counter() - began
+        return Evaluated(stage.name, step, split, found.metrics, seconds=seconds), found.confusion
 
-    def _keep_confusion(self, stage: Stage, step: int, split: str) -> None:
+    def _keep_confusion(self, judged: Evaluated, confusion: Confusion) -> None:
         """Keep how labels were confused by the weights that go on."""
-        if self.learner.confusion and self.learner.accelerator.is_main_process:
-            self.folder.keep_confusion(split, stage.name, step, self.learner.facts.labels, self.learner.confusion)
+        if confusion and self.learner.accelerator.is_main_process:
+            labels = self.learner.facts.labels
+            self.folder.keep_confusion(judged.split, judged.stage, judged.step, labels, confusion)
 
-    def _weighed(self, stage: Stage, judged: Evaluated) -> Evaluated:
+    def _weighed(self, stage: Stage, judged: Evaluated, confusion: Confusion) -> Evaluated:
         """Whether an evaluation is the best of its stage; if so its weights are kept.
 
         Raises `RunError` where the metric that decides is not a number: a best of nothing must not carry over.
@@ -165,7 +171,7 @@ class Loop:
         if gained and stage.restore_best:
             best.weights = self.learner.snapshot()
         if gained or not stage.restore_best:
-            self._keep_confusion(stage, judged.step, "validation")
+            self._keep_confusion(judged, confusion)
         return replace(judged, best=gained)
 
     def _proved(self, saved: Path) -> list[Event]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import staged
 import torch
 from torch import nn
 
-from engine import learner
+from engine import data, judging, learner, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -333,10 +334,20 @@ def test_a_weight_that_is_no_number_is_never_kept(root: Path):
     assert never_unfinite(root)
 
 
+def spoil(metric: str) -> None:
+    """Have a metric come out as no number, in this process."""
+    judge = train.judge
+
+    def spoiled(one: learner.Learner, split: data.Split) -> judging.Judgement:
+        found = judge(one, split)
+        return replace(found, metrics=found.metrics | {metric: float("nan")})
+
+    train.judge = spoiled
+
+
 def test_a_metric_that_is_no_number(root: Path):
     def plant(_rank: int) -> None:
-        evaluate = learner.Learner.evaluate
-        learner.Learner.evaluate = lambda self, split: {**evaluate(self, split), "accuracy": float("nan")}
+        spoil("accuracy")
 
     assert staged.run(root, plant=plant) == [5]
     assert sentence(root).startswith("stage `head`, step 2: `accuracy` is nan, so nothing can be best")
@@ -346,8 +357,7 @@ def test_a_metric_that_is_no_number_and_decides_nothing(root: Path, whole: Path)
     """It is on record as null, and a checkpoint that holds it can be written and read."""
 
     def plant(rank: int) -> None:
-        evaluate = learner.Learner.evaluate
-        learner.Learner.evaluate = lambda self, split: {**evaluate(self, split), "f1": float("nan")}
+        spoil("f1")
         staged.signal_at(5, signal.SIGTERM)(rank)
 
     assert staged.run(root, plant=plant) == [143], staged.said(root)

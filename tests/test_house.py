@@ -24,7 +24,7 @@ FLOORS = """
 2 openings plan layers forecast thrift
 3 memory speed processes freezing tracing pricing outlining models origins selection split data batches optim media
 3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
-4 apart folder learner position train start screen signals advise sweep report export
+4 apart folder judging learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting
 5 cli run
 """

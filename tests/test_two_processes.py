@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
 import pytest
 import staged
 
-from engine import data, freezing, learner, processes
+from engine import data, freezing, judging, learner, processes, train
 from engine.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -106,16 +107,14 @@ def test_early_stopping_is_decided_once(one: Path, tmp_path: Path):
     """The second process sees other losses than the first, and yet does what the first decides."""
 
     def plant(rank: int) -> None:
-        evaluate = learner.Learner.evaluate
-        turns = itertools.count()
+        judge, turns = train.judge, itertools.count()
 
-        def ever_better(self: learner.Learner, split: data.Split) -> dict[str, float]:
-            evaluate(self, split)
+        def ever_better(one: learner.Learner, split: data.Split) -> judging.Judgement:
             turn = float(next(turns))
-            return {"loss": -turn, "accuracy": turn}
+            return replace(judge(one, split), metrics={"loss": -turn, "accuracy": turn})
 
         if rank == 1:
-            learner.Learner.evaluate = ever_better
+            train.judge = ever_better
 
     root = fresh(one, tmp_path)
     assert staged.run(root, ranks=2, plant=plant) == [0, 0], staged.said(root, 1)
