@@ -184,9 +184,24 @@ def cache_clear(
     print(f"{folder}: {weight(before - after)} freed, {weight(after)} left")
 
 
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def supervise(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", show_default=False)],
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often it may be started again.")] = 10,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds before each restart: the other hosts end as well.")] = 10,
+) -> None:
+    """Start `accelerate launch ...` again where a process was lost; what a restart can't cure ends it."""
+    from engine.supervise import supervise
+
+    raise typer.Exit(supervise(command, max_restarts, pause))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and end the process with its exit code."""
+    from engine.supervise import ended, enrol
+
     try:
+        enrol()
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         sys.stdout.flush()
     except FrostlineError as error:
@@ -205,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if show is None or code is None:
             raise
         show()
+    ended(code or 0)
     raise SystemExit(code or 0)
 
 

@@ -21,7 +21,7 @@ FLOORS = """
 0 errors part outline patterns names records metrics packages randomness
 0 adapters tasks schedules
 1 recipe schema source reading wording load
-2 openings plan layers forecast thrift
+2 openings plan layers forecast thrift supervise
 3 memory speed processes freezing tracing pricing outlining models origins selection split data batches optim media
 3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 apart folder judging learner position train start screen signals advise sweep report export
@@ -32,7 +32,7 @@ FLOORS = """
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run report init ls diff schema cache"
+COMMANDS = "check plan run report init ls diff schema cache supervise"
 
 
 def label(file: Path) -> str:
