@@ -52,20 +52,22 @@ def supervise(command: Sequence[str], restarts: int, pause: float) -> int:
     A signal that this process gets goes to the command and is the last of it. Raises `RunError` where there is no such
     command, or after the last restart.
     """
-    for turn in range(restarts + 1):
+    turn = 0
+    while True:
+        turn += 1
         with tempfile.TemporaryDirectory(prefix="frostline-") as folder:
             code, asked = _once(command, folder)
             codes = _codes(Path(folder))
             _end_orphans(Path(folder))
         final = sorted(FINAL.intersection(codes))
-        if code == 0 or asked or final or (turn == 0 and not codes):  # nobody of ours: the command itself is wrong
+        if code == 0 or asked or final or (turn == 1 and not codes):  # nobody of ours: the command itself is wrong
             return final[0] if final else STOPPED if asked else code
-        if turn < restarts:
-            said = f"`{command[0]}` ended with {code}; it starts again in {pause:g} s ({turn + 1} of {restarts})"
-            print(said, file=sys.stderr, flush=True)
-            time.sleep(pause)
-    what = f"`{command[0]}` has ended with {code} and may not start again: it had {restarts} restarts"
-    raise RunError(f"{what}; see what its processes said last")
+        said = f"`{command[0]}` has ended with {code}"
+        if turn > restarts:
+            what = f"{said} and may not start again: it had {restarts} restarts"
+            raise RunError(f"{what}; see what its processes said last")
+        print(f"{said}; it starts again in {pause:g} s ({turn} of {restarts})", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
 def _once(command: Sequence[str], folder: str) -> tuple[int, bool]:
