@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from engine import streaming
 from engine.errors import Key, PlanError, Problem
 from engine.forecast import Sizes
 from engine.media import sift
@@ -42,6 +43,13 @@ class Rows:
     facts: Facts
     notes: tuple[str, ...]
     """Sentences worth printing."""
+    stream: streaming.Stream | None = None
+    """What trains where it is read as it comes; `train` then holds its first rows."""
+
+    @property
+    def count(self) -> int:
+        """Rows to train on."""
+        return self.stream.count if self.stream else len(self.train)
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,11 @@ def read(recipe: Recipe, root: Path) -> Rows:
     Raises `PlanError` for what a recipe or its rows have wrong, `RunError` where data can't be reached.
     """
     task, splits = recipe.task, recipe.data.splits
+    if recipe.data.streaming and not task.streams:
+        what = f"{task.type} learns from all rows what there is to predict, so it can't begin before it has them"  # pyright: ignore
+        raise PlanError([Problem(("data", "streaming"), what, "leave the key out")])
     source = find(recipe.data, root)
-    slices = pick(splits, source)
+    slices, stream = streaming.pick(recipe, source) if recipe.data.streaming else (pick(splits, source), None)
     columns = _columns(task, recipe.data.columns, slices)
     notes = _choices(columns, slices, source.names)
     for role, part in slices.items():
@@ -72,6 +83,9 @@ def read(recipe: Recipe, root: Path) -> Rows:
     facts = task.facts({role: _table(part, rows[role]) for role, part in slices.items()})
     _check_metrics(recipe, facts)
     notes += facts.notes
+    if stream:
+        notes += streaming.notes(slices)
+        return Rows(rows["train"], rows["validation"], rows.get("test"), facts, tuple(notes), stream.renamed(columns))
     notes += [
         note for role in rows if role != "train" for note in duplicates(rows["train"], rows[role], role, task.target)
     ]
@@ -103,14 +117,19 @@ def encode(rows: Rows, task: Task, processor: Any) -> Encoded:
 
     splits = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     task.fit({name: dataset for name, dataset in splits.items() if dataset is not None}, processor)
-    train = split("train", rows.train)
+    if rows.stream:
+        by = repr((task.model_dump_json(), rows.facts, _identity(processor)))
+        encode = lambda columns: _inputs(task, columns, processor, rows.facts)  # noqa: E731
+        train = streaming.Streamed(rows.stream, task, encode, rows.train, by)
+    else:
+        train = split("train", rows.train)
     assert train is not None
     return Encoded(train, split("validation", rows.validation), split("test", rows.test), tuple(notes))
 
 
 def sizes(train: Split, validation: Split | None) -> Sizes:
     """How many rows go through the model in an epoch and how long they are, for a forecast of what that costs."""
-    lengths = train.single.lengths
+    lengths = train.known_lengths
     counts = len(train.single), len(validation.single) if validation is not None else 0
     if lengths is None or not len(lengths):
         return Sizes(*counts)

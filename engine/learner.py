@@ -106,15 +106,17 @@ class Learner:
         splits = [split for split in (self.data.train, self.data.validation) if split is not None]
         if hasattr(self.model, "peft_config") or any(stage.attaches for stage in ahead):
             ahead = ()  # adapters change what lies where
+        once = "the examples are drawn anew in each epoch" if self.task.draws else ""
+        once = once or ("a stream's examples pass by once" if self.data.train.passing else "")
         with self.accelerator.autocast():
             return open_shortcut(
                 self.model,
                 splits,
                 lambda examples: self.task.inputs(self.collate(examples)),
-                None if self.task.draws else self.cache,
+                None if once else self.cache,
                 self._passes(self.stage),
                 self._first_refusal,
-                "the examples are drawn anew in each epoch" if self.task.draws else "the recipe says `cache: off`",
+                once or "the recipe says `cache: off`",
                 [stage.trainable for stage in ahead if self._passes(stage) > 1],
             )
 

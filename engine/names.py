@@ -193,7 +193,7 @@ _ANSWERS: dict[str, str] = {
     "write `training: {optim: adafactor}`": ("adafactor"),
     "a run that was cut short goes on by itself; `--fresh` starts over": ("resume resume_from_checkpoint auto_resume"),
     "each metric knows by itself which way is better": ("greater_is_better"),
-    "data are read whole, so that every example is seen the same on every number of devices": ("streaming"),
+    "write `data: {path: ..., streaming: true}`, and `steps` for every stage": ("streaming"),
     "write `training.train_sampling_strategy`: `random`, `sequential` or `group_by_length`": ("shuffle"),
 }
 

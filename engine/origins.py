@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine import mediafolders, packages
 from engine.errors import ENVIRONMENT, Key, PlanError, Problem, RunError
 from engine.recipe import Data
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BUILDERS = ("csv", "json", "parquet", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -36,8 +33,8 @@ class Origin:
 
     names: Mapping[str, str]
     """Split -> how a user is told of it: the name of its one file, or the split's own."""
-    load: Callable[[str], Dataset]
-    """A split -> its rows."""
+    load: Callable[[str], Any]
+    """A split -> its rows: a `Dataset`, or an `IterableDataset` where they are read as a stream."""
 
 
 def find(data: Data, root: Path) -> Origin:
@@ -48,7 +45,7 @@ def find(data: Data, root: Path) -> Origin:
     for value, key in ((data.path, _PATH), *((file, _FILES) for file in _listed(data.data_files))):
         _refuse_address(value, key)
     if data.path in BUILDERS:
-        return _files(_by_split(data, root), data.path)
+        return _files(_by_split(data, root), data.path, data.streaming)
     if data.path in mediafolders.FOLDERS:
         return _media(data.path, _by_split(data, root), root)
     if data.path.startswith(packages.PREFIX) or _is_local(data.path, root):
@@ -58,11 +55,11 @@ def find(data: Data, root: Path) -> Origin:
                 raise PlanError([Problem(("data", key), what, "leave it out, or name a data set of the Hub")])
         place = _locate(data.path, root, _PATH)
         if not place.is_dir():
-            return _files({"train": (place,)})
+            return _files({"train": (place,)}, streaming=data.streaming)
         base = root if place.is_relative_to(root.resolve()) else place
         if not _has_tables(place) and (kind := mediafolders.kind(place)):
             return _media(kind, mediafolders.splits(place), base)
-        return _files(_folder(place, base))
+        return _files(_folder(place, base), streaming=data.streaming)
     return _hub(data, root)
 
 
@@ -159,13 +156,13 @@ def _contained(files: tuple[Path, ...], root: Path) -> None:
             raise PlanError([Problem(_PATH, f"`{file.name}` is a link out of the data root", "copy the file there")])
 
 
-def _files(splits: Mapping[str, tuple[Path, ...]], builder: str | None = None) -> Origin:
+def _files(splits: Mapping[str, tuple[Path, ...]], builder: str | None = None, streaming: bool = False) -> Origin:
     names = {split: files[0].name if len(files) == 1 else f"split {split}" for split, files in splits.items()}
-    return Origin(names, lambda split: _read(splits[split], names[split], builder))
+    return Origin(names, lambda split: _read(splits[split], names[split], builder, streaming))
 
 
-def _read(files: tuple[Path, ...], name: str, builder: str | None) -> Dataset:
-    """The rows of files of one kind, in the order of the files."""
+def _read(files: tuple[Path, ...], name: str, builder: str | None, streaming: bool = False) -> Any:
+    """The rows of files of one kind, in the order of the files: a `Dataset`, or an `IterableDataset` by `streaming`."""
     import glob
 
     from datasets import load_dataset
@@ -179,8 +176,11 @@ def _read(files: tuple[Path, ...], name: str, builder: str | None) -> Dataset:
         options["sep"] = "\t"
     for file in files:
         _refuse_file(file)
-    with quietly(), _files_said_plainly(name):
-        rows = load_dataset(kind, data_files=[glob.escape(str(file)) for file in files], split="train", **options)
+    with quietly(), reading(name):
+        listed = [glob.escape(str(file)) for file in files]
+        if streaming:
+            return load_dataset(kind, data_files=listed, split="train", streaming=True, **options)
+        rows = load_dataset(kind, data_files=listed, split="train", **options)
         rows.data.table.validate(full=True)  # JSON's reader takes bytes that are no UTF-8 for text
     if "__index_level_0__" in rows.column_names:  # pandas takes the first cells for names of the rows
         what = f"{name} has rows with more cells than its header has names"
@@ -192,7 +192,7 @@ def _refuse_file(file: Path) -> None:
     """Raise `PlanError` for what is empty, packed, or no ordinary file, such as a pipe that is never written to."""
     if not file.is_file():
         raise PlanError([Problem(_PATH, f"{file.name} is no ordinary file", "copy its rows into one")])
-    with _files_said_plainly(file.name), file.open("rb") as stream:
+    with reading(file.name), file.open("rb") as stream:
         start = stream.read(262)
     if not start:
         raise PlanError([Problem(_PATH, f"{file.name} is empty", "it needs at least one row")])
@@ -203,7 +203,8 @@ def _refuse_file(file: Path) -> None:
 
 
 @contextmanager
-def _files_said_plainly(name: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
+    """Turns the many ways in which rows can't be read into one sentence."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -251,7 +252,9 @@ def _hub(data: Data, root: Path) -> Origin:
         else _listed(data.data_files) or None
     )
     with quietly(), _hub_said_plainly(data):
-        splits = load_dataset(data.path, data.name, revision=data.revision, data_files=files)
+        splits: Any = load_dataset(
+            data.path, data.name, revision=data.revision, data_files=files, streaming=data.streaming
+        )
     return Origin({str(split): f"split {split}" for split in splits}, lambda split: splits[split])
 
 

@@ -80,6 +80,8 @@ class Data(Part):
     """Branch, tag or commit on the Hub."""
     data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = None
     """File, files, or a mapping from split to files."""
+    streaming: bool = False
+    """Whether rows are read as they come, and none of them are kept; every stage then lasts for `steps`."""
     splits: Splits = Splits()
     """Which rows train and which rows judge."""
     columns: dict[str, str] = {}
@@ -212,4 +214,12 @@ class Recipe(Part):
         names = [stage.name for stage in self.stages] if isinstance(self.stages, tuple) else []
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {twice[0]}; overrides and reports tell stages apart by name")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_have_steps(self) -> Recipe:
+        stages = self.stages if isinstance(self.stages, tuple) else (self.stages,)
+        lengths = [getattr(stage, key, None) for stage in stages for key in ("epochs", "head_epochs")]
+        if self.data.streaming and any(lengths):
+            raise ValueError("a stream has no epochs: give every stage `steps` (a list, where a schedule wants epochs)")
         return self

@@ -32,6 +32,9 @@ as much as a small model's forward pass, so as many as fit are not decoded twice
 class Split:
     """Rows as the model takes them, unpadded."""
 
+    passing = False
+    """Whether examples pass by once, so that nothing about them is worth keeping."""
+
     def __init__(
         self,
         rows: Dataset,
@@ -104,6 +107,11 @@ class Split:
             return None
         lengths = pc.list_value_length(arrow(self._rows, "input_ids")).to_numpy().astype(np.int64)
         return lengths.reshape(-1, self.members).max(axis=1)
+
+    @property
+    def known_lengths(self) -> np.ndarray | None:
+        """Tokens of each row, or of some rows where there is no end of them; None where rows have no tokens."""
+        return self.single.lengths
 
     @cached_property
     def fingerprint(self) -> str:

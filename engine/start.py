@@ -78,7 +78,7 @@ def _counted(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> t
 
     There is one example a row, but where a task makes several of a long one. Many rows are counted by a sample of them.
     """
-    whole = recipe.task.windowed or len(rows.train) <= SAMPLED
+    whole = rows.stream is not None or recipe.task.windowed or len(rows.train) <= SAMPLED
     some = rows.train if whole else rows.train.select(range(0, len(rows.train), len(rows.train) // SAMPLED))
     read = replace(rows, train=some, validation=None, test=None)
     encoded = data.encode(read, recipe.task, models.processor(recipe, root, bones)).train
@@ -154,6 +154,8 @@ def _ready(
     base = memory.taken(accelerator.device)
     model = models.load(recipe, rows.facts, root, processor)
     encoded = refer(encoded, recipe.task, processor, model.model, accelerator)
+    _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download
+    optim.obtain(recipe.training)
     sizes = data.sizes(encoded.train, encoded.validation)
     plan, _ = models.draft(recipe, bones, len(encoded.train), model.random, sizes)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)

@@ -21,8 +21,8 @@ FLOORS = """
 0 errors part outline patterns names records metrics packages randomness
 0 adapters tasks schedules
 1 recipe schema source reading wording load
-2 openings plan layers forecast thrift supervise
-3 memory speed processes freezing tracing pricing outlining models origins selection split data batches optim media
+2 openings plan layers forecast points curve search thrift supervise
+3 memory speed processes freezing tracing pricing outlining models origins selection split streaming data batches optim media
 3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 apart folder judging learner position train start screen signals advise sweep report export
 4 picture charts comparison movement listing drafting

@@ -90,6 +90,8 @@ class Task(Part, ABC):
     """Whether rows are encoded once and kept; not where inputs are far larger than rows (images, sound)."""
     windowed: ClassVar[bool] = False
     """Whether a long row becomes several examples, so that examples can only be counted once they are encoded."""
+    streams: ClassVar[bool] = False
+    """Whether rows may be trained on that `facts` has not seen: nothing of the task follows from all of them."""
     smooths: ClassVar[bool] = True
     """Whether `label_smoothing_factor` means something: the loss compares `logits` with `labels`, class by class."""
     shifts: ClassVar[bool] = False
@@ -162,6 +164,10 @@ class Task(Part, ABC):
     def forward(self, model: Any, batch: Mapping[str, Any]) -> Any:
         """One forward pass: outputs whose `loss` is a mean over the batch's `weight` units."""
         return model(**self.inputs(batch))
+
+    def served(self, outputs: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What an exported graph of the model gives, by name: the model's own outputs on what it takes."""
+        return outputs
 
     def confusion(self, predictions: Any, references: Any, facts: Facts) -> list[list[int]] | None:
         """How often each label (row) was taken for each (column), or None where examples don't have one label each."""

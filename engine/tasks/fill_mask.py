@@ -28,6 +28,7 @@ class FillMask(Task):
     auto = "AutoModelForMaskedLM"
     columns = {"text": ("text", "sentence", "content", "review", "tweet", "document")}
     new_head = False
+    streams = True
     own_metrics = ("perplexity", "accuracy")
 
     type: Literal["fill-mask"]

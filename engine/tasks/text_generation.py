@@ -68,6 +68,10 @@ class TextGeneration(Task):
         return self._dpo
 
     @property
+    def streams(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self._dpo
+
+    @property
     def smooths(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return not self._dpo
 

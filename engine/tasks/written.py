@@ -23,6 +23,7 @@ class Written(Task):
 
     auto = "AutoModelForSeq2SeqLM"
     new_head = False
+    streams = True
     writes = True
     library: ClassVar[tuple[str, str]]
     """The package that computes the metrics, and the module that it brings."""
