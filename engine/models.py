@@ -164,14 +164,15 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
 
-def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None) -> Loaded:
+def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: nn.Module | None = None) -> Loaded:
     """The real model in float32 or the recipe's `dtype`, its new parts initialised from the recipe's seed alone.
 
-    `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does.
+    `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does. `bones` is the skeleton,
+    where there is one already.
     """
     settings, place = config(recipe, facts, root), source(recipe.model, root)
     trust.refuse_weights(recipe.model, place)
-    trust.refuse_memory(recipe.model, skeleton(recipe, facts, root))
+    trust.refuse_memory(recipe.model, bones or skeleton(recipe, facts, root))
     tokenizer = getattr(prepares, "tokenizer", prepares)
     padded = _pads_alike(settings, tokenizer)
     kind = getattr(transformers, recipe.task.auto)
@@ -248,10 +249,15 @@ def draft(
     for attachment in wanted:
         put(bones, attachment, tried=True)
     full = outline(bones, random, bare) if wanted else bare
-    plan = make(recipe, full, examples, sizes)
+    return planned(recipe, full, examples, sizes), full
+
+
+def planned(recipe: Recipe, read: Outline, examples: int, sizes: Sizes | None = None) -> Plan:
+    """The plan of a recipe for an outline that is known already, adapters included."""
+    plan = make(recipe, read, examples, sizes)
     if problems := schedule_problems(plan.stages):
         raise PlanError(problems)
-    return plan, full
+    return plan
 
 
 def put(model: nn.Module, attachment: Attachment, tried: bool = False) -> frozenset[str]:

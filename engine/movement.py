@@ -67,10 +67,9 @@ ADDITIVE |= {"vblora", "vera", "waveft"}
 
 def _adapter_changes(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Weight -> a sample of what the adapters on it add, where that is a matrix."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or type(module).__module__.split(".")[2] not in ADDITIVE:
+        package, *parts = type(module).__module__.split(".")  # to ask `isinstance` of PEFT's abstract class is dear
+        if package != "peft" or parts[1] not in ADDITIVE or not hasattr(module, "get_delta_weight"):
             continue
         weight = f"{bare(name)}.weight"
         live = [adapter for adapter in module.active_adapters if adapter not in module.merged_adapters]

@@ -6,6 +6,7 @@ It trains nothing. Whatever is wrong is said here, before a model is downloaded 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -89,10 +90,13 @@ def _counted(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> t
     return examples, (), found
 
 
-def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) -> Iterator[Event]:
+def run(
+    loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False, cache: Path | None = None
+) -> Iterator[Event]:
     """Everything from a recipe to a saved model, as events; only the main process yields any.
 
     A run that was cut short goes on where its newest whole checkpoint was taken; `fresh` starts over instead.
+    Activations are kept in `cache`, or among the runs.
     """
     accelerator, folder = launched(), RunFolder(runs / name)
     with contextlib.ExitStack() as held:
@@ -103,7 +107,10 @@ def run(loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False) 
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
         held.enter_context(peers(accelerator))
-        learner, plan, notes, base = _ready(loaded, root, runs / store.FOLDER, accelerator)
+        learner, plan, notes, base = _ready(loaded, root, cache or runs / store.FOLDER, accelerator)
+        # What is loaded by now stays to the end: each collection would look at a million objects for nothing.
+        gc.freeze()
+        held.callback(gc.unfreeze)
         before, start = digests(learner.model), Start(learner.model)
         position, skipped = _position(loaded, learner, plan, folder, before)
         started = Started(
@@ -146,18 +153,16 @@ def _ready(
     recipe = loaded.recipe
     together(accelerator, lambda: _refuse_half(recipe, accelerator))
     rows = first(accelerator, lambda: data.read(recipe, root))
-    models.draft(recipe, models.skeleton(recipe, rows.facts, root), len(rows.train))  # refuse before any download
-    optim.obtain(recipe.training)
     bones = models.skeleton(recipe, rows.facts, root)
+    _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download
+    optim.obtain(recipe.training)
     processor = models.processor(recipe, root, bones)
     encoded = first(accelerator, lambda: data.encode(rows, recipe.task, processor))
     base = memory.taken(accelerator.device)
-    model = models.load(recipe, rows.facts, root, processor)
+    model = models.load(recipe, rows.facts, root, processor, bones)
     encoded = refer(encoded, recipe.task, processor, model.model, accelerator)
-    _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download
-    optim.obtain(recipe.training)
     sizes = data.sizes(encoded.train, encoded.validation)
-    plan, _ = models.draft(recipe, bones, len(encoded.train), model.random, sizes)
+    plan = models.planned(recipe, replace(outline, random=model.random), len(encoded.train), sizes)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(
         recipe, model.model, processor, encoded, rows.facts, accelerator, spread, _cache(recipe, cache, accelerator)
