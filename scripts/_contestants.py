@@ -1,6 +1,6 @@
 """The contestants of scripts/bench_peers.py: each does a scenario's work in a process of its own and prints a result.
 
-    python scripts/_contestants.py CONTESTANT SCENARIO ROWS EPOCHS FOLDER
+    python scripts/_contestants.py CONTESTANT SCENARIO DATA EPOCHS FOLDER
 
 Everyone gets the same model, rows, batch size, epochs and rates, keeps its other defaults, and judges after each epoch.
 `training` is what lies between a model in memory and its last evaluation: with us also the search for the frost line,
@@ -112,7 +112,7 @@ def open_to(found: torch.nn.Module, scenario: Scenario, phase: int) -> int:
 
 def examples(scenario: Scenario, data: Path) -> tuple[dict[str, list[Example]], int, Callable[..., Any]]:
     """Each split's encoded examples, the number of labels, and what puts examples into one batch."""
-    return _questions(data, place_of(scenario)) if scenario.text else _digits(data, place_of(scenario))
+    return _questions(data, place_of(scenario)) if scenario.text else _pictures(data, place_of(scenario))
 
 
 def _questions(data: Path, model: str) -> tuple[dict[str, list[Example]], int, Callable[..., Any]]:
@@ -131,7 +131,7 @@ def _questions(data: Path, model: str) -> tuple[dict[str, list[Example]], int, C
     return splits, len(names), transformers.DataCollatorWithPadding(tokenizer)
 
 
-def _digits(data: Path, model: str) -> tuple[dict[str, list[Example]], int, Callable[..., Any]]:
+def _pictures(data: Path, model: str) -> tuple[dict[str, list[Example]], int, Callable[..., Any]]:
     import datasets
     import transformers
 
@@ -276,14 +276,14 @@ def _schedule(scenario: Scenario, found: torch.nn.Module) -> dict[int, Any]:
 CONTESTANTS = {each.__name__: each for each in (cached, uncached, again, trainer, grouped, scheduler)}
 
 
-def main(name: str, scenario: str, rows: str, epochs: str, folder: str) -> None:
+def main(name: str, scenario: str, data: str, epochs: str, folder: str) -> None:
     import transformers
 
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     found = _scenarios.scenarios(int(epochs))[scenario]
-    result = CONTESTANTS[name](found, _scenarios.prepare(found, int(rows)), Path(folder))
+    result = CONTESTANTS[name](found, Path(data), Path(folder))
     print(f"\n{result.line()}")
 
 

@@ -1,7 +1,7 @@
 """The work that scripts/bench_peers.py gives to everyone: models, data, and what trains in which stage.
 
 Data and models are made under build/bench from what installed packages carry: TREC questions, and handwritten digits
-for networks that start at random. Nothing here trains or measures.
+for networks that start at random, unless there are other pictures to take. Nothing here trains or measures.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import _trec
 import numpy as np
 from _digits import NAMES, _digits
+from PIL.Image import Image, fromarray
+from PIL.Image import open as opened
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build/bench"
@@ -97,16 +101,19 @@ def _epochs(count: int) -> str:
     return "one epoch" if count == 1 else f"{count} epochs"
 
 
-def prepare(scenario: Scenario, rows: int) -> Path:
-    """The folder of a scenario's data, made where it is missing: `rows` to train on, a quarter of that to judge."""
-    kind = "questions" if scenario.text else "digits"
+def prepare(scenario: Scenario, rows: int, pictures: Path | None = None) -> Path:
+    """The folder of a scenario's data, made where it is missing: `rows` to train on, a quarter of that to judge.
+
+    `pictures` is a folder of them by class, to be taken in place of the digits.
+    """
+    kind = "questions" if scenario.text else pictures.resolve().parent.name if pictures else "digits"
     folder = BUILD / f"{kind}-{rows}"
     if not folder.is_dir():
-        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (_questions if scenario.text else _pictures)(partial, rows)
-        partial.rename(folder)
+        making = folder.with_name(f".{folder.name}-{os.getpid()}")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        _questions(making, rows) if scenario.text else _pictures(making, rows, pictures)
+        making.rename(folder)
     if not scenario.text and not (network := BUILD / scenario.kind).is_dir():
         _network(scenario.kind, network)
     return folder
@@ -122,18 +129,27 @@ def _questions(folder: Path, rows: int) -> None:
     _trec.write(every[-judged:], folder / "validation.jsonl")
 
 
-def _pictures(folder: Path, rows: int) -> None:
-    from PIL import Image
-
-    pictures, shown = _digits()
-    judged = rows // 4
+def _pictures(folder: Path, rows: int, given: Path | None) -> None:
+    judged, shown = rows // 4, _files(given) if given else _drawn()
     if rows + judged > len(shown):
-        raise SystemExit(f"--rows {rows}: there are {len(shown)} digits, and a quarter more than that is judged")
-    drawn = np.random.default_rng(SEED).permutation(len(shown))
-    for split, some in (("train", drawn[:rows]), ("validation", drawn[-judged:])):
+        raise SystemExit(f"--rows {rows}: there are {len(shown)} pictures, and a quarter more than that is judged")
+    order = np.random.default_rng(SEED).permutation(len(shown))
+    for split, some in (("train", order[:rows]), ("validation", order[-judged:])):
         for index in some:
-            (place := folder / split / NAMES[shown[index]]).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pictures[index]).resize((SIDE, SIDE)).save(place / f"{index:04}.png")
+            name, picture = shown[index]
+            (place := folder / split / name).mkdir(parents=True, exist_ok=True)
+            picture().convert("RGB").resize((SIDE, SIDE)).save(place / f"{index:05}.png")
+
+
+def _drawn() -> list[tuple[str, Callable[[], Image]]]:
+    """Each digit's name, and the way to its picture."""
+    pictures, shown = _digits()
+    return [(NAMES[kind], partial(fromarray, picture)) for kind, picture in zip(shown, pictures, strict=True)]
+
+
+def _files(folder: Path) -> list[tuple[str, Callable[[], Image]]]:
+    """Each file's class, which is the folder it lies in, and the way to its picture."""
+    return [(path.parent.name, partial(opened, path)) for path in sorted(folder.glob("*/*"))]
 
 
 def _network(kind: Kind, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What the same staged fine-tuning costs here and elsewhere: against `Trainer`, finetuning-scheduler, and our own loop.
 
-    python scripts/bench_peers.py [SCENARIO ...] [--rows 600] [--rounds 3] [--epochs 5] [--quick] [--markdown]
+    python scripts/bench_peers.py [SCENARIO ...] [--rows 600] [--rounds 3] [--epochs 5] [--pictures FOLDER]
 
 Every contestant works in a process and on one thread of its own; they take turns, and the order turns around with each
 round. Compared is CPU time, which a busy machine disturbs least: of training alone (capture, checks, checkpoints and
@@ -63,11 +63,11 @@ def peers() -> Path:
     return python
 
 
-def turn(scenario: Scenario, contestant: str, rows: int, epochs: int, folder: Path) -> Record:
+def turn(scenario: Scenario, contestant: str, data: Path, epochs: int, folder: Path) -> Record:
     """One contestant's result, with the CPU and wall time of its whole process. Ends where it fails."""
     python = str(peers()) if contestant == "scheduler" else sys.executable
     program = str(Path(__file__).with_name("_contestants.py"))
-    words = [contestant, scenario.name, str(rows), str(epochs), str(folder)]
+    words = [contestant, scenario.name, str(data), str(epochs), str(folder)]
     began, log = time.perf_counter(), folder / f"{contestant}.log"
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("w") as out:
@@ -80,18 +80,17 @@ def turn(scenario: Scenario, contestant: str, rows: int, epochs: int, folder: Pa
     if child.returncode:
         raise SystemExit("\n".join([*lines[-15:], f"{contestant} failed at `{scenario.name}`"]))
     spent = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - began}
-    return {"scenario": scenario.name, "contestant": contestant, "rows": rows, **json.loads(lines[-1]), **spent}
+    return {"scenario": scenario.name, "contestant": contestant, **json.loads(lines[-1]), **spent}
 
 
-def rounds(scenario: Scenario, rows: int, epochs: int, count: int) -> Iterator[Record]:
+def rounds(scenario: Scenario, data: Path, epochs: int, count: int) -> Iterator[Record]:
     """Every contestant `count` times, in turns; all must train numbers of the same count."""
-    _scenarios.prepare(scenario, rows)
     for number in range(count):
         order = against(scenario)
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             sizes = set()
             for contestant in order if number % 2 == 0 else _turned(order):
-                record = turn(scenario, contestant, rows, epochs, Path(folder))
+                record = turn(scenario, contestant, data, epochs, Path(folder))
                 sizes.add(tuple(record["sizes"]))
                 yield {**record, "round": f"{os.getpid()}-{number}", "epochs": epochs}
             if len(sizes) > 1:
@@ -157,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600, help="rows to train on; a quarter of that is judged")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5, help="of the scenarios with one stage")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures by class, in place of the digits")
     parser.add_argument("--quick", action="store_true", help="one round of 200 rows and two epochs: does it work")
     parser.add_argument("--table", action="store_true", help="only show what was measured before")
     parser.add_argument("--markdown", action="store_true")
@@ -167,7 +167,9 @@ def main() -> None:
     if unknown := set(asked.scenarios) - set(every):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     for name in () if asked.table else asked.scenarios or every:
-        for record in rounds(every[name], asked.rows, asked.epochs, asked.rounds):
+        data = _scenarios.prepare(every[name], asked.rows, asked.pictures)
+        for record in rounds(every[name], data, asked.epochs, asked.rounds):
+            record["rows"] = asked.rows
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(record) + "\n")
