@@ -11,8 +11,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -25,14 +26,17 @@ from engine.errors import CRASH, ENVIRONMENT, GUARD, REFUSED, EchoError, Frostli
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=5)
-"""How long a process waits for another within a step before the run ends; half an hour, the default, is a long time."""
-PATIENCE = timedelta(days=1)
-"""How long it waits while the first one does something for all: encoding rows, writing a checkpoint."""
+"""How long a process waits for another before the run ends; half an hour, the default, is a long time.
+
+While the first does something for all, however long it takes, it keeps telling them that it is at work.
+"""
 GRACE = 3.0
 """Seconds within which a signal that comes again is the same one: launchers pass on what a terminal has sent to all."""
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out waiting|broken pipe|heartbeat", re.IGNORECASE)
-_patient: list[distributed.ProcessGroup] = []
+_AT_WORK = "at work"
+_waiting: list[distributed.ProcessGroup] = []
+"""The group in which all others wait for the first."""
 
 
 def launched() -> Accelerator:
@@ -54,7 +58,7 @@ def launched() -> Accelerator:
         sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
         raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
     with _meeting():
-        _patient[:] = [distributed.new_group(backend="gloo", timeout=PATIENCE)] if distributed.is_initialized() else []
+        _waiting[:] = [distributed.new_group(backend="gloo", timeout=TIMEOUT)] if distributed.is_initialized() else []
     return accelerator
 
 
@@ -77,11 +81,14 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if accelerator.is_main_process:
-        try:
-            outcome = [action(), None]
-        except Exception as error:
-            failure, outcome = error, [None, _told(error)]
+        with _heard():
+            try:
+                outcome = [action(), None]
+            except Exception as error:
+                failure, outcome = error, [None, _told(error)]
     value, failed = _broadcast(outcome)
+    while failed == _AT_WORK:
+        value, failed = _broadcast(outcome)
     if failure:
         raise failure
     if failed:
@@ -106,9 +113,31 @@ def _told(error: Exception) -> tuple[str, int]:
 
 
 def _broadcast(outcome: list[Any]) -> list[Any]:
-    if _patient:
-        distributed.broadcast_object_list(outcome, src=0, group=_patient[0], device=torch.device("cpu"))
-    return outcome
+    heard = list(outcome)
+    if _waiting:
+        distributed.broadcast_object_list(heard, src=0, group=_waiting[0], device=torch.device("cpu"))
+    return heard
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Inside, the first process tells all others now and then that it is at work: a silent one is given up for lost."""
+    over = Event()
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # one that is gone is found out by whoever needs it next
+            while not over.wait(TIMEOUT.total_seconds() / 5):
+                _broadcast([None, _AT_WORK])
+
+    teller = Thread(target=tell, daemon=True)
+    if _waiting:
+        teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if _waiting:
+            teller.join()
 
 
 @contextmanager

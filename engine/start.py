@@ -100,13 +100,13 @@ def run(
     """
     accelerator, folder = launched(), RunFolder(runs / name)
     with contextlib.ExitStack() as held:
+        held.enter_context(peers(accelerator))
         together(accelerator, lambda: held.enter_context(lock(folder.path)) or None)
         if fresh:
             together(accelerator, folder.clear)
         if together(accelerator, lambda: folder.finished(loaded.source.resolved)):
             yield Note(f"{folder.path} holds a finished run; `--fresh` trains it again")
             return
-        held.enter_context(peers(accelerator))
         learner, plan, notes, base = _ready(loaded, root, cache or runs / store.FOLDER, accelerator)
         # What is loaded by now stays to the end: each collection would look at a million objects for nothing.
         gc.freeze()
@@ -123,7 +123,7 @@ def run(
         accelerator.end_training()
 
 
-def _cache(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Cache | None:
+def cache_of(recipe: Recipe, folder: Path, accelerator: Accelerator) -> Cache | None:
     """Where the recipe's activations are kept, on this process's share of them."""
     wanted = recipe.cache
     if wanted.mode == "off":
@@ -165,7 +165,7 @@ def _ready(
     plan = models.planned(recipe, replace(outline, random=model.random), len(encoded.train), sizes)
     spread = batching(recipe.batch_size, recipe.per_device_batch_size, accelerator.num_processes)
     learner = Learner(
-        recipe, model.model, processor, encoded, rows.facts, accelerator, spread, _cache(recipe, cache, accelerator)
+        recipe, model.model, processor, encoded, rows.facts, accelerator, spread, cache_of(recipe, cache, accelerator)
     )
     return learner, plan, (*rows.notes, *encoded.notes, *model.notes), base
 

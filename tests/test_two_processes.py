@@ -166,6 +166,23 @@ def test_a_first_process_that_is_long_at_work_is_waited_for(one: Path, tmp_path:
     assert same(one, root)
 
 
+@pytest.mark.slow
+def test_a_first_process_that_hangs_at_work_is_given_up(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "TIMEOUT", processes.timedelta(seconds=5))
+
+    def plant(rank: int) -> None:
+        if rank == 0:
+            data.encode = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+
+    first, second = staged.begin(fresh(one, tmp_path), ranks=2, plant=plant)
+    try:
+        assert staged.ends([second]) == [3], staged.said(tmp_path, 1)
+        assert staged.said(tmp_path, 1).splitlines()[-1].startswith(GONE)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        staged.ends([first])
+
+
 def test_a_failure_of_the_first_is_told_once(one: Path, tmp_path: Path):
     root = fresh(one, tmp_path)
     (root / "rows/train.jsonl").write_text('{"text": "a", "label": 3}\n{"text": "b"}\n')
