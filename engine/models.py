@@ -10,7 +10,7 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from engine import trust
+from engine import trust, vocabulary
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
@@ -119,22 +119,9 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
         )
     tokenizer = getattr(made, "tokenizer", made)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        _pad(tokenizer, recipe.model)
+        vocabulary.complete(tokenizer, recipe.model)
         tokenizer.model_max_length = min(tokenizer.model_max_length, *_positions(bones))
     return made
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
-    """Give a tokenizer the padding token that the recipe names; raises `PlanError` where none is named and none known.
-
-    Nothing is guessed: where the end of a text doubles as padding, a model can't tell the one from the other.
-    """
-    if model.pad_token:
-        tokenizer.add_special_tokens({"pad_token": model.pad_token})
-    elif tokenizer.pad_token is None:
-        what = f"the tokenizer of {model.path} has no padding token, so texts of different lengths can't share a batch"
-        known = f"`{tokenizer.eos_token}`, the end of a text, or " if tokenizer.eos_token else ""
-        raise PlanError([Problem(("model", "pad_token"), what, f"write one: {known}`[PAD]`, which is then added")])
 
 
 def _positions(model: nn.Module | None) -> Iterator[int]:
@@ -153,13 +140,14 @@ def _positions(model: nn.Module | None) -> Iterator[int]:
 def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     """The model on the meta device: names and shapes, built from its config alone."""
     settings = config(recipe, facts, root)
-    if recipe.model.pad_token:
-        text, tokenizer = settings.get_text_config(), processor(recipe, root)
-        text.pad_token_id, text.vocab_size = tokenizer.pad_token_id, max(text.vocab_size, len(tokenizer))
+    if recipe.model.pad_token or recipe.model.grows:
+        made = processor(recipe, root)
+        vocabulary.fit(settings, getattr(made, "tokenizer", made))
     kind = getattr(transformers, recipe.task.auto)
     with torch.device("meta"), _said_plainly(recipe.model), quietly():
         model = kind.from_config(settings, trust_remote_code=False)
     trust.refuse_size(recipe.model, model)
+    vocabulary.refuse_unread(recipe, settings.get_text_config(), model)
     recipe.task.trim(model)
     return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
@@ -174,7 +162,7 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: 
     trust.refuse_weights(recipe.model, place)
     trust.refuse_memory(recipe.model, bones or skeleton(recipe, facts, root))
     tokenizer = getattr(prepares, "tokenizer", prepares)
-    padded = _pads_alike(settings, tokenizer)
+    padded = vocabulary.pads_alike(settings, tokenizer)
     kind = getattr(transformers, recipe.task.auto)
     torch.manual_seed(stable_seed(recipe.seed, "model"))
     with _said_plainly(recipe.model), trust.no_pickles(recipe.model), quietly():
@@ -192,36 +180,11 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: 
     recipe.task.trim(model)
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
-    notes = [*padded, *_grown(model, tokenizer), *_mended(model)]
+    notes = [*padded, *vocabulary.grow(model, tokenizer, recipe), *_mended(model)]
     notes += [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint have no place in this model")
     return Loaded(model, tuple(random), tuple(notes))
-
-
-def _pads_alike(settings: Any, tokenizer: Any) -> list[str]:
-    """Make the config's padding the tokenizer's: a decoder that classifies reads the last token that is none."""
-    wanted, text = getattr(tokenizer, "pad_token_id", None), settings.get_text_config()
-    had = getattr(text, "pad_token_id", None)
-    if wanted is None or wanted == had:
-        return []
-    text.pad_token_id = wanted
-    return [] if had is None else [f"the config's padding token is {had}, the tokenizer's {wanted}: the latter counts"]
-
-
-def _grown(model: nn.Module, tokenizer: Any) -> list[str]:
-    """Give the model a row of word embeddings for every token: new ones start as the mean of all, the seed aside."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or model.main_input_name != "input_ids":
-        return []
-    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    if len(tokenizer) <= rows:
-        return []
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # pyright: ignore
-    with torch.no_grad():
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):  # pyright: ignore
-            if table is not None:
-                table.weight[rows:] = table.weight[:rows].mean(0)
-    return [f"{len(tokenizer) - rows} new tokens start as the mean of the word embeddings"]
 
 
 def _mended(model: nn.Module) -> list[str]:
@@ -244,7 +207,7 @@ def draft(
     recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = (), sizes: Sizes | None = None
 ) -> tuple[Plan, Outline]:
     """The plan of a recipe for a skeleton, adapters attached to it, and the outline that the plan was made from."""
-    bare = outline(bones, random)
+    bare = replace(outline(bones, random), grown=vocabulary.tables(bones) if recipe.model.grows else ())
     wanted = attachments(recipe, bare)
     for attachment in wanted:
         put(bones, attachment, tried=True)

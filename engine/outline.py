@@ -93,6 +93,8 @@ class Outline:
     embeddings: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     """Parameters that no checkpoint fills, so they start at random; empty until the checkpoint has been looked at."""
+    grown: tuple[str, ...] = ()
+    """Parameters with rows for tokens that the recipe adds, which no checkpoint fills either."""
     tokens: int = 0
     """Tokens of the text that `flops` stand for; 0 where the model takes no text."""
     measured: bool = True

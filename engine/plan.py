@@ -165,6 +165,10 @@ def _untrained(stages: tuple[StageOpenings, ...], outline: Outline) -> list[Prob
         what = f"`{lost[0]}` starts at random, for the checkpoint doesn't hold it, and no stage trains it"
         more = f" (and {len(lost) - 1} more like it)" if len(lost) > 1 else ""
         return [Problem(("freeze",), what + more, "unfreeze it in the first stage, or freeze less: `@head` names it")]
+    if lost := [name for name in outline.grown if name not in trained]:
+        what = f"`{lost[0]}` has rows for the tokens that are added, and no stage trains it"
+        then = "unfreeze `@embeddings`, and the head where it has such rows, in some stage"
+        return [Problem(("model",), what, then)]
     return []
 
 

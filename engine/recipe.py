@@ -37,6 +37,12 @@ OptimizerName = Literal[
 """The names of transformers' `OptimizerNames` that keep to `step()`: none that hooks into gradients or needs a mode."""
 
 
+Tokens = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(one_or_many, json_schema_input_type=str | list[str]),
+]
+
+
 class Model(Part):
     """The pretrained model to start from."""
 
@@ -52,6 +58,15 @@ class Model(Part):
     """How attention is computed: `eager`, `sdpa`, `flash_attention_2`, ..."""
     pad_token: Annotated[str, Field(min_length=1)] | None = None
     """The token that fills short texts up, where the tokenizer names none; one that it doesn't know is added to it."""
+    add_tokens: Tokens = ()
+    """Words to add to the vocabulary; some stage has to train the embeddings, or they would never mean anything."""
+    add_special_tokens: Tokens = ()
+    """The same for marks that are no words, such as `<|im_start|>`: a decoder may skip them."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether tokens are added that have to be learnt."""
+        return bool(self.add_tokens or self.add_special_tokens)
 
 
 class Splits(Part):

@@ -23,10 +23,11 @@ FLOORS = """
 1 recipe schema source reading wording load
 2 openings plan layers forecast points curve search thrift supervise
 3 memory speed processes freezing tracing pricing outlining models origins selection split streaming data batches optim media
-3 mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference
-4 apart folder judging learner position train start screen signals advise sweep report export
-4 picture charts comparison movement listing drafting
-5 cli run
+3 mediafolders trust vocabulary replay capturing frostline store prefix shortcut durable checkpoint proof reference
+4 apart folder judging learner position train start screen signals advise sweep sweeppage report export
+4 bench trials passes readings ladder advised advicepage sayings telling selftest
+4 picture charts comparison movement listing drafting importing
+5 cli arguments run
 """
 """From the ground up; a module imports from its own floor and those below it."""
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
