@@ -96,7 +96,36 @@ def run(
 
     loaded, own_name = one_recipe(what)
     with placed(loaded.source):
-        screen.follow(screen.console(), start.run(loaded, run_name(name or own_name), data_root, runs, fresh))
+@app.command()
+def sweep(
+    what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
+    depths: Annotated[str, typer.Option(help="Depths: numbers of blocks, `all`, `full`; or all of them.")] = "",
+    units: Annotated[bool, typer.Option("--units", help="Each block by itself as well, and the embeddings.")] = False,
+    windows: Annotated[int, typer.Option(min=0, help="So many neighbouring blocks at a time as well.")] = 0,
+    learning_rates: Annotated[str, typer.Option(help="Rates to try at each depth; or three around its own.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each point.")] = 3,
+    same: Annotated[str, typer.Option(help="What all depths get as much of: `steps` or `seconds`.")] = "steps",
+    over: Annotated[list[str] | None, typer.Option(help="In place of depths: `key=a,b`; several make a grid.")] = None,
+    search: Annotated[str, typer.Option(help="`optuna` searches what `--over` allows, `a..b` being a range.")] = "",
+    trials: Annotated[int, typer.Option(min=1, help="Points of a search.")] = 20,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep; the recipe's and `-sweep` if left out.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever an earlier sweep has left.")] = False,
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+    data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
+) -> None:
+    """Draw the curve over freeze depth, or any key: rates tuned, seeds repeated, the smallest good point selected."""
+    from engine import screen
+    from engine.sweep import asked
+    from engine.sweep import sweep as events
+
+    loaded, own_name = one_recipe(what)
+    (file,), overrides = split(what)
+    rates = learning_rates.split(",") if learning_rates else []
+    wanted = asked(file, overrides, depths, units, windows, rates, seeds, same, over or [], search, trials)
+    with placed(loaded.source):
+        screen.follow_sweep(
+            screen.console(), events(wanted, run_name(name or wanted.name(own_name)), data_root, runs, fresh)
+        )
 
 
 @app.command()

@@ -23,9 +23,37 @@ TOKENS = 128
 
 
 def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline | None = None) -> Outline:
-    """The outline of a model; `unadapted` is its outline before adapters, whose order and prices still hold."""
+    """The outline of a model; `unadapted` is its outline before adapters, whose order and prices still hold.
+
+    It is read once for models of the same make: a sweep has dozens of runs of one.
+    """
     if unadapted is not None:
         return replace(unadapted, parameters=tuple(_parameters(model, {m.name for m in unadapted.modules})))
+    make = _make(model)
+    if make not in _known:
+        _known.clear()
+        _known[make] = _read(model)
+    return replace(_known[make], random=random)
+
+
+_known: dict[str, Outline] = {}
+"""The make of the model that was read last -> its outline."""
+
+
+def _make(model: nn.Module) -> str:
+    """All that an outline follows from, in one text: config, modules and the shapes of what they hold."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() | {"attention": config._attn_implementation} if config is not None else {}
+    modules = [
+        (name, f"{type(module).__module__}.{type(module).__qualname__}") for name, module in model.named_modules()
+    ]
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.device.type) for name, tensor in held]
+    tied = len({id(tensor) for _, tensor in held})
+    return repr((settings, modules, tensors, tied))
+
+
+def _read(model: nn.Module) -> Outline:
     price, order, working = _trace(model)
     modules = tuple(
         Module(name, type(module).__name__, order.get(name), price.get(name, 0.0))
@@ -50,7 +78,6 @@ def outline(model: nn.Module, random: tuple[str, ...] = (), unadapted: Outline |
         blocks=blocks,
         head=head,
         embeddings=embeddings,
-        random=random,
         tokens=tokens,
         measured=bool(order),
     )

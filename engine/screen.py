@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from engine.curve import Swept, Tried
 from engine.errors import REFUSED, RunError
 from engine.listing import Entry
 from engine.openings import entries as stage_entries
@@ -126,6 +127,54 @@ def follow(console: Console, events: Iterable[Event]) -> Event | None:
             if not (isinstance(last, Step) and console.is_terminal):
                 console.print(line(last), highlight=False, soft_wrap=True)
     return last
+
+
+def follow_sweep(console: Console, events: Iterable[Event]) -> None:
+    """Show each run of a sweep as it ends, and the curve in the end."""
+    for event in events:
+        if isinstance(event, Tried):
+            told = _told(" ".join(filter(None, (event.point, event.variant, f"seed {event.seed}"))))
+            came = f"[red]{_told(event.failed)}[/]" if event.failed else f"{event.metric} [green]{event.value:.4f}[/]"
+            when = "done before" if event.known else f"{event.seconds:.1f} s"
+            console.print(f"{told}  {came}  [dim]{when}[/]", highlight=False, soft_wrap=True)
+        elif isinstance(event, Swept):
+            show_curve(console, event)
+        elif not isinstance(event, Step):
+            console.print(line(event), highlight=False, soft_wrap=True)
+
+
+def show_curve(console: Console, swept: Swept) -> None:
+    """The points of a sweep as a table, then what was selected and where all of it lies."""
+    curve = swept.curve
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in (
+        "",
+        "point",
+        "trains",
+        "best of it",
+        f"{curve.metric}, validation",
+        "steps",
+        "time",
+        "a step",
+        "memory",
+    ):
+        table.add_column(title, justify="left" if title in ("", "point", "best of it") else "right")
+    for row in curve.rows:
+        mark = "[green]*[/]" if row.within else ""
+        style = "bold" if curve.chosen and row.point == curve.chosen.point else ""
+        if row.mean is None:
+            table.add_row("", _told(row.point), count(row.size), "-", f"[red]{_told(row.failed)}[/]")
+            continue
+        half = "" if row.half is None else f" ± {row.half:.3f}"
+        numbers = (f"{row.mean:.4f}{half}", f"{row.steps:,}", duration(row.seconds), duration(row.step_seconds))
+        cells = (_told(row.point), count(row.size), _told(row.variant), *numbers, weight(row.peak_bytes))
+        table.add_row(mark, *cells, style=style)
+    console.print(table, highlight=False)
+    console.print("[green]*[/] [dim]within one standard error of the best; ± is a 95% interval over seeds[/]")
+    if curve.chosen:
+        tested = "".join(f"; {name} {value:.4f} on test" for name, value in swept.test.items() if name == curve.metric)
+        console.print(f"[bold]selected[/]  {_told(curve.chosen.point)}{tested}: {swept.recipe}", soft_wrap=True)
+    console.print(f"[bold]page[/]  {swept.page}", highlight=False, soft_wrap=True)
 
 
 def _told(value: Any) -> Any:
