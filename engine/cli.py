@@ -153,6 +153,25 @@ def init(
     print(drafting.write(model, task, data, to))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    tool: Annotated[str, typer.Option("--from", help="The tool, where the file doesn't tell by itself.")] = "",
+    model: Annotated[str, typer.Option(help="The model, in place of the file's own.")] = "",
+    task: Annotated[str, typer.Option(help="The task: a pipeline tag of the Hub.")] = "",
+    data: Annotated[str, typer.Option(help="The data, in place of the file's own.")] = "",
+    devices: Annotated[int, typer.Option(min=1, help="Devices that the other tool trained on.")] = 1,
+    to: Annotated[Path | None, typer.Option(help="The recipe to write; it is printed if left out.")] = None,
+) -> None:
+    """Turn a config of axolotl, LLaMA-Factory, ms-swift or finetuning-scheduler into a recipe."""
+    from engine import importing
+
+    imported = importing.carry(file, tool, importing.Given(model, task, data, devices))
+    for note in imported.notes:
+        print(_coloured(str(note)), file=sys.stderr)
+    print(importing.write(imported, to) if to else imported.text, end="\n" if to else "")
+
+
 @app.command()
 def ls(
     what: Annotated[list[Path] | None, typer.Argument(metavar="FILE_OR_FOLDER...", show_default="recipes")] = None,

@@ -59,6 +59,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(recipe, source)
 
 
+def check(text: str, file: str) -> None:
+    """Hold the text of a recipe that isn't in a file yet to all of the rules. Raises `RecipeError`."""
+    root, problems = read(text, file)
+    source = Source(root or Node({}, Place(file, 1, 1)), (file,))
+    recipe, found = _validated(root) if root and not problems else (None, [])
+    if recipe is None or found:
+        raise RecipeError([*problems, *found], source)
+
+
 def _validated(root: Node) -> tuple[Recipe | None, list[Problem]]:
     further = [*_further(root)]
     try:

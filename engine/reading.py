@@ -98,9 +98,12 @@ class Node:
         return self.value
 
 
-def read(content: bytes | str, file: str) -> tuple[Node | None, list[Problem]]:
-    """The tree of a YAML text (None where it can't be read) and everything that is wrong with the text."""
-    reader = _Reader(file)
+def read(content: bytes | str, file: str, any_key: bool = False) -> tuple[Node | None, list[Problem]]:
+    """The tree of a YAML text (None where it can't be read) and everything that is wrong with the text.
+
+    With `any_key` a key may be a number as well, as in other tools' files, and is taken as it is written.
+    """
+    reader = _Reader(file, any_key)
     try:
         return reader.read(reader.text(content)), reader.problems
     except RecipeError as error:
@@ -110,8 +113,9 @@ def read(content: bytes | str, file: str) -> tuple[Node | None, list[Problem]]:
 class _Reader:
     """Walks the parser's events once, counting as it builds."""
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, any_key: bool):
         self.file = file
+        self.any_key = any_key
         self.problems: list[Problem] = []
         self.anchors: dict[str, Node | None] = {}
         self.nodes = 0
@@ -249,6 +253,8 @@ class _Reader:
         value = self.node(event, depth + 1).value
         if event.value == "<<":
             wrong = self.slip(event, "merge keys (`<<`) aren't understood", "write the keys out")
+        elif self.any_key:
+            return event.value
         elif not isinstance(value, str):
             wrong = self.slip(event, f"a key has to be text, not `{event.value[:60]}`", "put it in quotes")
         else:

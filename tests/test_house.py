@@ -33,7 +33,7 @@ FLOORS = """
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run sweep report init ls diff schema cache supervise"
+COMMANDS = "check plan run sweep report init import ls diff schema cache supervise"
 
 
 def label(file: Path) -> str:
