@@ -96,6 +96,9 @@ def run(
 
     loaded, own_name = one_recipe(what)
     with placed(loaded.source):
+        screen.follow(screen.console(), start.run(loaded, run_name(name or own_name), data_root, runs, fresh))
+
+
 @app.command()
 def sweep(
     what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
