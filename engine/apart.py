@@ -8,7 +8,7 @@ merged. Several adapters have a folder each. It saves nothing where no adapter i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -64,6 +64,19 @@ def _grown(model: nn.Module, revision: str | None) -> list[str]:
 
 def _readme(model: Model, auto: str, names: list[str]) -> str:
     """What lies here and the lines of code that put it together again."""
+    return f"""# Adapters for {model.path}
+
+{", ".join(names)}, trained by Frostline. `{WEIGHTS}` holds what else of the model trained. The same, merged into one
+model, lies in `../model`. This puts them together again, from the folder above this one:
+
+```python
+{code(model, auto, names, "adapter")}
+```
+"""
+
+
+def code(model: Model, auto: str, names: Sequence[str], folder: str) -> str:
+    """The lines of Python that put the adapters in a folder and the model they are for together again."""
     hub = not model.path.startswith((PREFIX, ".", "/"))
     where = "" if hub else "  # the folder that the recipe means by this"
     revision = f", revision={model.revision!r}" if model.revision else ""
@@ -73,30 +86,21 @@ def _readme(model: Model, auto: str, names: list[str]) -> str:
         f"from transformers import AutoConfig, {auto}",
         "",
         f"base = {model.path!r}{where}",
-        "model = " + auto + '.from_pretrained(base, config=AutoConfig.from_pretrained("adapter"),',
+        f"model = {auto}.from_pretrained(base, config=AutoConfig.from_pretrained({folder!r}),",
         f'    dtype="{model.dtype}", ignore_mismatched_sizes=True{revision})',
-        f'model.load_state_dict(load_file("adapter/{WEIGHTS}"), strict=False)',
-        *_loading(names),
+        f"model.load_state_dict(load_file({f'{folder}/{WEIGHTS}'!r}), strict=False)",
+        *_loading(names, folder),
         "model.eval()",
     ]
-    code = "\n".join(lines)
-    return f"""# Adapters for {model.path}
-
-{", ".join(names)}, trained by Frostline. `{WEIGHTS}` holds what else of the model trained. The same, merged into one
-model, lies in `../model`. This puts them together again, from the folder above this one:
-
-```python
-{code}
-```
-"""
+    return "\n".join(lines)
 
 
-def _loading(names: list[str]) -> list[str]:
+def _loading(names: Sequence[str], folder: str) -> list[str]:
     if len(names) == 1:
-        return ['model = PeftModel.from_pretrained(model, "adapter")']
+        return [f"model = PeftModel.from_pretrained(model, {folder!r})"]
     return [
-        f"for name in {names!r}:",
-        '    model = PeftModel.from_pretrained(model, f"adapter/{name}", adapter_name=name).base_model.model',
+        f"for name in {list(names)!r}:",
+        f'    model = PeftModel.from_pretrained(model, f"{folder}/{{name}}", adapter_name=name).base_model.model',
         "for layer in model.modules():  # all at once: PEFT by itself has only the last one take part",
         '    if hasattr(layer, "adapter_layer_names"):',
         "        held = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}",

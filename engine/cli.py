@@ -144,6 +144,31 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", show_default=False)],
+    to: Annotated[str, typer.Option(help="`safetensors`, `adapter`, `torch` or `onnx`.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; RUN_FOLDER/export/<to> if left out.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="With ONNX: in int8 as well, and what that costs.")] = False,
+    push_to_hub: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Send it there; made private if new.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
+    data_root: Annotated[Path, typer.Option(help="The folder that local data lie in.")] = Path(),
+) -> None:
+    """Hand on a finished run: its weights, its adapters, or weights and graph in one file; with a model card."""
+    from engine import upload
+
+    if push_to_hub:
+        upload.refuse_name(push_to_hub)
+    elif dry_run:
+        raise typer.BadParameter("--dry-run says what --push-to-hub would send; name a repository")
+    from engine.export import export as write
+
+    folder, said = write(run, to, out, int8, data_root)
+    print(*said, folder, *(upload.listed(folder) if push_to_hub else ()), sep="\n")
+    if push_to_hub and not dry_run:
+        print(upload.push(folder, push_to_hub))
+
+
+@app.command()
 def init(
     model: Annotated[str, typer.Option(help="A model of the Hub, or a local folder.")],
     task: Annotated[str, typer.Option(help="What to fine-tune for: a pipeline tag of the Hub.")],

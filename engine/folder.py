@@ -1,7 +1,7 @@
 """A run's folder: what was asked (recipe, plan), what it ran on (manifest), what happened (metrics), what came of it.
 
 runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  confusion.json  report.html
-              checkpoints/  model/  adapter/
+              checkpoints/  model/  adapter/  export/
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ class RunFolder:
         self.model = path / "model"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.exports = path / "export"
 
     def clear(self) -> None:
         """Forget an earlier run of this name: its checkpoints at once, so that no kill leaves some to go on from."""
         with self._writing():
-            for folder in (self.checkpoints, self.model, self.adapter):
+            for folder in (self.checkpoints, self.model, self.adapter, self.exports):
                 if folder.is_dir() and not folder.is_symlink():
                     durable.retire(folder)
             for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):
@@ -162,22 +163,26 @@ class RunFolder:
         self._placed(self.adapter, write)
 
     def _placed(self, target: Path, write: Callable[[Path], T]) -> T:
-        """Give a folder its name once `write` has filled it and every byte of it is on the disk."""
         with self._writing():
-            staging = durable.stage(self.path)
-            staged = staging / target.name
-            try:
-                staged.mkdir()
-                written = write(staged)
-                for path in (*staged.rglob("*"), staged):
-                    durable.sync(path)
-                if target.exists():
-                    durable.retire(target)
-                staged.rename(target)
-                durable.sync(self.path)
-            finally:
-                durable.drop(staging)
-        return written
+            return placed(target, write)
+
+
+def placed(target: Path, write: Callable[[Path], T]) -> T:
+    """Give a folder its name once `write` has filled it and every byte of it is on the disk; what bore it goes."""
+    staging = durable.stage(target.parent)
+    staged = staging / target.name
+    try:
+        staged.mkdir()
+        written = write(staged)
+        for path in (*staged.rglob("*"), staged):
+            durable.sync(path)
+        if target.exists():
+            durable.retire(target)
+        staged.rename(target)
+        durable.sync(target.parent)
+    finally:
+        durable.drop(staging)
+    return written
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:

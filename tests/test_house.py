@@ -27,13 +27,14 @@ FLOORS = """
 4 apart folder judging learner position train start screen signals advise sweep sweeppage report export
 4 bench trials passes readings ladder advised advicepage sayings telling selftest
 4 picture charts comparison movement listing drafting importing
+4 graphs elsewhere quantized usage card upload
 5 cli arguments run
 """
 """From the ground up; a module imports from its own floor and those below it."""
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run sweep report init import ls diff schema cache supervise"
+COMMANDS = "check plan run sweep report export init import ls diff schema cache supervise"
 
 
 def label(file: Path) -> str:

@@ -98,6 +98,13 @@ class SentenceSimilarity(Task):
             outputs["loss"] = in_batch_loss(outputs["vectors"], batch, self.temperature)
         return outputs
 
+    def served(self, outputs: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The vector of each text beside what the model gives, as `sentence_embedding` (texts, width) of length 1."""
+        from torch.nn.functional import normalize
+
+        vectors = pooled(outputs.last_hidden_state, inputs["attention_mask"], self.pooling)
+        return {**outputs, "sentence_embedding": normalize(vectors, dim=-1)}
+
     def weight(self, batch: Mapping[str, Any]) -> int:
         return int((batch["part"] == 0).sum())
 
