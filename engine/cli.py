@@ -7,7 +7,6 @@ what they need inside themselves, so that `check` answers like a compiler.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.arguments import one_recipe, recipes, run_name, split
 from engine.errors import CRASH, REFUSED, EchoError, FrostlineError, PlanError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from engine.errors import Source
-    from engine.load import Loaded
     from engine.recipe import Recipe
 
 app = typer.Typer(
@@ -33,8 +32,6 @@ app = typer.Typer(
 
 _caches = typer.Typer(no_args_is_help=True, help="Look at the activations that runs have kept, or take them away.")
 app.add_typer(_caches, name="cache")
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*([.\[].*?)?=", re.DOTALL)
 
 
 @app.callback()
@@ -129,6 +126,29 @@ def sweep(
         screen.follow_sweep(
             screen.console(), events(wanted, run_name(name or wanted.name(own_name)), data_root, runs, fresh)
         )
+
+
+@app.command()
+def advise(
+    what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
+    budget: Annotated[str, typer.Option(help="Time it may take; or `25%`, of one full fine-tuning.")] = "10m",
+    min_gain: Annotated[float, typer.Option(help="Gain in points that unfreezing has to be worth.")] = 0.5,
+    rows: Annotated[int, typer.Option(min=20, help="Rows to look at, at most.")] = 5_000,
+    seed: Annotated[int, typer.Option(help="Decides folds, orders and resamples.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the advice; the recipe's own if left out.")] = None,
+    runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
+    data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
+) -> None:
+    """Measure whether to unfreeze, which layers and when, on your own rows, and write the recipe."""
+    from engine import screen, telling
+    from engine.advise import ENDING, advise
+    from engine.budget import Budget
+
+    loaded, own_name = one_recipe(what)
+    called, allowed = run_name(name or own_name), Budget.read(budget)
+    with placed(loaded.source):
+        events = advise(loaded, called, data_root, runs, allowed, seed, min_gain / 100, rows)
+        telling.follow(screen.console(), events, runs / f"{called}{ENDING}")
 
 
 @app.command()
@@ -298,41 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show()
     ended(code or 0)
     raise SystemExit(code or 0)
-
-
-def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Paths, and the `key.path=value` overrides among them; what exists as a file is a path."""
-    overrides = [word for word in words if _OVERRIDE.match(word) and not os.path.exists(word)]
-    return [Path(word) for word in words if word not in overrides], overrides
-
-
-def recipes(paths: Sequence[Path]) -> Iterator[Path]:
-    """The recipe files that paths name: files themselves, and every YAML file below a folder."""
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.suffix in (".yaml", ".yml") and not hidden and file.is_file():
-                yield file
-
-
-def one_recipe(words: Sequence[str]) -> tuple[Loaded, str]:
-    """The one recipe that a command is about, and the name of its runs: the file's own."""
-    from engine.load import load
-
-    paths, overrides = split(words)
-    if len(paths) != 1:
-        raise typer.BadParameter(f"give one recipe, not {len(paths)}")
-    return load(paths[0], overrides), paths[0].stem
-
-
-def run_name(name: str) -> str:
-    """A run's name, once it is sure to be the name of a folder and not a way out of one."""
-    if not re.fullmatch(r"[\w][\w.+-]{0,99}", name):
-        raise typer.BadParameter(f"{name!r} can't name a run; use letters, digits, `-`, `_`, `.` and `+`")
-    return name
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, memory, models, optim, report, speed, store
+from engine import checkpoint, data, memory, models, optim, report, shards, speed, store
 from engine.batches import batching
 from engine.durable import lock
 from engine.errors import PlanError, Problem
@@ -152,6 +152,7 @@ def _ready(
     """The learner with its model and data, the plan, what the user should know of them, and the bytes taken before."""
     recipe = loaded.recipe
     together(accelerator, lambda: _refuse_half(recipe, accelerator))
+    together(accelerator, lambda: shards.refuse(recipe, accelerator))
     rows = first(accelerator, lambda: data.read(recipe, root))
     bones = models.skeleton(recipe, rows.facts, root)
     _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download

@@ -18,10 +18,10 @@ ENGINE = ROOT / "engine"
 FILES = sorted(ENGINE.rglob("*.py"))
 
 FLOORS = """
-0 errors part outline patterns names records metrics packages randomness
+0 errors part outline patterns names records metrics packages randomness budget
 0 adapters tasks schedules
 1 recipe schema source reading wording load
-2 openings plan layers forecast points curve search thrift supervise
+2 openings plan layers forecast units answers advice points curve search thrift supervise
 3 memory speed processes freezing tracing pricing outlining models origins selection split streaming data batches optim media
 3 mediafolders trust vocabulary replay capturing frostline store prefix shortcut durable checkpoint proof reference
 4 apart folder judging learner position train start screen signals advise sweep sweeppage report export
@@ -34,7 +34,7 @@ FLOORS = """
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run sweep report export init import ls diff schema cache supervise"
+COMMANDS = "check plan run sweep advise report export init import ls diff schema cache supervise"
 
 
 def label(file: Path) -> str:
