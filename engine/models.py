@@ -118,6 +118,7 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
             **recipe.task.processor_settings,
         )
     tokenizer = getattr(made, "tokenizer", made)
+    recipe.task.equip(made, root)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         vocabulary.complete(tokenizer, recipe.model)
         tokenizer.model_max_length = min(tokenizer.model_max_length, *_positions(bones))

@@ -135,6 +135,12 @@ class Task(Part, ABC):
         only `answers` reads. Rows may be more than came in: `members` for each, or `windowed`.
         """
 
+    def equip(self, processor: Any, root: Path) -> None:
+        """Give a processor what the recipe says of it; files lie below `root`. By default nothing.
+
+        Raises `PlanError` where it can't be had.
+        """
+
     def fit(self, splits: Mapping[str, Dataset], processor: Any) -> None:
         """Raise `PlanError` where rows that are encoded as they are read don't fit the processor; asked once."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import exp
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -30,6 +31,7 @@ class TextGeneration(Task):
     auto = "AutoModelForCausalLM"
     columns = {
         "messages": ("messages", "conversations", "conversation"),
+        "tools": ("tools",),
         "prompt": ("prompt", "instruction", "question", "input"),
         "completion": ("completion", "response", "output", "answer"),
         "text": ("text", "content", "document"),
@@ -46,6 +48,9 @@ class TextGeneration(Task):
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Tokens of an example; 1,024 or the model's own limit, whichever is less, if left out. Plain texts go on in the
     next example, all else is cut."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """How a chat becomes one text: a file of Jinja, or the name of one of the tokenizer's own templates; its default
+    if left out. It is saved with the model."""
     packing: bool = False
     """Whether short texts share an example, without seeing each other, so that little is padding."""
     objective: Literal["likelihood", "dpo"] = "likelihood"
@@ -89,11 +94,19 @@ class TextGeneration(Task):
             raise PlanError([Problem(("data", "columns"), f"no columns look like {wanted}", then)])
         for table in tables.values():
             stop_at(_problems(table, form))
-        used = (*known[form], *(["prompt"] if self._dpo else []))
+        chatty = form == CHAT or (form == PREFERENCE and chats.looks_like(tables["train"], "chosen"))
+        if self.chat_template and not chatty:
+            what = f"`{self.chat_template}` makes one text of a chat, and the data hold {form} rows"
+            raise PlanError([Problem(("task", "chat_template"), what, "leave the key out")])
+        used = (*known[form], *(["prompt"] if self._dpo else []), *(["tools"] if form == CHAT else []))
         rest = [f"`{name}`" for name in there if name not in used]
         taken = " and ".join(f"`{name}`" for name in known[form])
         notes = (f"trains on {taken}, not on {', '.join(rest)}",) if rest else ()
         return Facts(form=form, notes=notes, members=2 if self._dpo else 1)
+
+    def equip(self, processor: Any, root: Path) -> None:
+        if self.chat_template:
+            chats.equip(processor, self.chat_template, root)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
         most = self._most(processor)
@@ -194,7 +207,9 @@ class TextGeneration(Task):
 def _problems(table: Table, form: str) -> list[Problem | None]:
     if form == PREFERENCE:
         return preferences.bad_rows(table)
-    return [chats.bad_chats(table)] if form == CHAT else [not_text(table, name) for name in COLUMNS[form]]
+    if form == CHAT:
+        return [chats.bad_chats(table), chats.bad_tools(table)]
+    return [not_text(table, name) for name in COLUMNS[form]]
 
 
 def _texts(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
@@ -236,7 +251,9 @@ def _open(ids: list[int], processor: Any) -> list[int]:
 def _chats(rows: Mapping[str, Sequence[Any]], processor: Any, most: int) -> tuple[list[Piece], list[bool]]:
     texts.need_fast(processor, "what the assistant wrote")
     pieces, lost = [], []
-    for ids, live in chats.all_tokens(rows["messages"], processor):
+    tools = rows.get("tools") or [None] * len(rows["messages"])
+    told = [chats.plain(chat) for chat in rows["messages"]]
+    for ids, live in chats.all_tokens(told, processor, [chats.listed(each) for each in tools]):
         labels = [token if alive else IGNORED for token, alive in zip(ids, live, strict=True)]
         pieces.append((ids[:most], labels[:most]))
         lost.append(len(ids) > most)
