@@ -21,7 +21,7 @@ from engine.errors import REFUSED, RunError
 from engine.listing import Entry
 from engine.openings import entries as stage_entries
 from engine.outline import Outline
-from engine.picture import INKS, MARKS, WORDS, count, picture, save, tables, weight
+from engine.picture import INKS, MARKS, WORDS, count, duration, picture, save, tables, weight
 from engine.plan import Plan
 from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
@@ -151,14 +151,14 @@ def show_curve(console: Console, swept: Swept) -> None:
         "",
         "point",
         "trains",
-        "best of it",
+        "tuned to",
         f"{curve.metric}, validation",
         "steps",
         "time",
         "a step",
         "memory",
     ):
-        table.add_column(title, justify="left" if title in ("", "point", "best of it") else "right")
+        table.add_column(title, justify="left" if title in ("", "point", "tuned to") else "right")
     for row in curve.rows:
         mark = "[green]*[/]" if row.within else ""
         style = "bold" if curve.chosen and row.point == curve.chosen.point else ""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MOST_LABELS = 9
 """Points up to which the curve is drawn as a chart as well; more would not find room for their names."""
+DEPTHS = ("head", "top-", "all-blocks", "full")
+"""How the names of depths begin."""
 ROOM = 6.0
 """Percent of a whisker's cell that is left free on either side."""
 
@@ -55,7 +57,7 @@ def plain(found: Curve) -> dict[str, Any]:
 
 def told(row: Row) -> str:
     """A point's result in words: mean, and the half of its interval where there is one."""
-    return metric(row.mean) if row.half is None else f"{metric(row.mean)} ± {metric(row.half)}"
+    return metric(row.mean) if row.half is None else f"{metric(row.mean)} ± {row.half:.3f}"
 
 
 def recipe(loaded: Loaded, found: Curve, source: Path, folder: Path) -> str:
@@ -153,7 +155,7 @@ def page(found: Curve, test: Mapping[str, float], asked: Asked, folder: Path) ->
         rows=rows,
         stripe=_stripe(found),
         ends=_ends(found),
-        charts=_charts(found) if len(rows) <= MOST_LABELS else [],
+        charts=_charts(found),
         tried=_tried(found.rows),
         test=test,
         told=told,
@@ -205,7 +207,10 @@ def _ends(found: Curve) -> tuple[str, str]:
 
 
 def _charts(found: Curve) -> list[Drawn]:
+    """The curve and its cost: over the depths alone where there are single units as well, which the table shows."""
     rows = [row for row in found.rows if row.mean is not None]
+    if len(rows) > MOST_LABELS:
+        rows = [row for row in rows if row.point.startswith(DEPTHS)][:MOST_LABELS]
     return [_curve(found, rows), _cost(found, rows)] if len(rows) > 1 else []
 
 
