@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine.errors import ENVIRONMENT, RunError
 from engine.load import Loaded, load
@@ -30,6 +32,18 @@ def questions() -> None:
 
 def test_there_are_recipes() -> None:
     assert "trec" in {path.stem for path in RECIPES}
+
+
+def test_hooks_check_recipes_and_nothing_else() -> None:
+    """What `.pre-commit-hooks.yaml` offers to other repositories."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    assert [hook["id"] for hook in hooks] == ["frostline-check", "frostline-check-installed"]
+    for hook in hooks:
+        assert hook["entry"] == "frostline check"
+        taken = re.compile(hook["files"])
+        assert all(taken.search(path.relative_to(ROOT).as_posix()) for path in RECIPES)
+        assert not taken.search("recipes/recipe.schema.json")
+        assert not taken.search(".github/workflows/recipes.yaml")
 
 
 @every_recipe
