@@ -38,17 +38,22 @@ def judge(learner: Learner, split: Split) -> Judgement:
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
     size = learner.recipe.evaluation.batch_size or max(learner.batching.micro, 8)
     by_length = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths, kind="stable")
-    chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)][rank::processes]
+    all_chunks = [by_length[start : start + size].tolist() for start in range(0, len(split), size)]
+    chunks = all_chunks[rank::processes]
+    # It takes all devices to compute with a model that is spread over them: one that is done goes on for the others.
+    idle = all_chunks[:1] * (-(-len(all_chunks) // processes) - len(chunks)) if learner.spread else []
     rows: list[Row] = []
     sums: list[tuple[float, int]] = []
     written = learner.task.writes and bool(learner.metrics)
     with freezing.eval_mode(learner.model):
-        for chunk in chunks:
+        for turn, chunk in enumerate([*chunks, *idle]):
             batch = learner.collated(split, chunk)
             if hasattr(learner, "shortcut"):
                 learner.shortcut.feed(split, chunk, batch)
             with learner.accelerator.autocast():  # on the bare model: DDP's hooks have nothing to do here
                 outputs = learner.task.forward(learner.model, batch)
+            if turn >= len(chunks):
+                continue
             weight = learner.task.weight(batch)
             sums.append((float(outputs.loss) * weight if weight else 0.0, weight))
             if not written:

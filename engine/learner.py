@@ -11,6 +11,7 @@ import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from engine import adapters, freezing, models, optim
+from engine import adapters, freezing, models, optim, shards
 from engine.batches import Batching
 from engine.data import Encoded, Split
 from engine.errors import PlanError, Problem, RunError
@@ -54,7 +55,9 @@ class Learner:
     ):
         self.recipe, self.data, self.facts, self.accelerator = recipe, data, facts, accelerator
         self.task, self.batching, self.cache = recipe.task, batching, cache
-        self.model = model.to(accelerator.device)
+        self.spread = accelerator.is_fsdp2
+        """Whether the model lies whole in the host's memory between stages, and is split over the devices within."""
+        self.model = model if self.spread else model.to(accelerator.device)
         self.processor = processor
         self.collate = self.task.collate(processor)
         self.moments: optim.Moments = {}
@@ -81,25 +84,34 @@ class Learner:
         if not resumed:
             self.restructure(stage)
         names = frozenset(stage.trainable)
+        if self.spread:
+            self.whole, self.model = self.model, deepcopy(self.model)
         freezing.obey(self.model, names)
         agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self.shortcut = self._shortcut(ahead)
         self.shortcut.train_mode()
-        self._canary()
-        found = freezing.parameters(self.model)
-        optimizer = optim.build(stage, found, self.recipe.training)
+        self._wrap()
         if stage.moments == "drop":
             self.moments = {name: kept for name, kept in self.moments.items() if name in names}
-        carried = optim.carry(optimizer, self.moments) if stage.moments != "reset" or resumed else 0
+        carried = optim.carry(self.optimizer.optimizer, self.moments) if stage.moments != "reset" or resumed else 0
         self.moved |= freezing.movable(self.model)
         self.trained |= names
-        self.parameters = [found[name] for name in stage.trainable]
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.replay = self.shortcut.replaying()
         self.replay.__enter__()
         return carried
+
+    def _wrap(self) -> None:
+        """Try the stage and hand it to the accelerator; where that spreads the model, the other way round."""
+        if not self.spread:
+            self._canary()
+        optimizer = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.spread:
+            self._canary()
+        found = freezing.parameters(self.model)
+        self.parameters = [found[name] for name in self.stage.trainable]
 
     def _shortcut(self, ahead: Sequence[Stage]) -> Shortcut:
         """The stage's way past its frozen prefix, under the precision it trains in."""
@@ -108,6 +120,7 @@ class Learner:
             ahead = ()  # adapters change what lies where
         once = "the examples are drawn anew in each epoch" if self.task.draws else ""
         once = once or ("a stream's examples pass by once" if self.data.train.passing else "")
+        once = once or (shards.NO_CACHE if self.spread else "")
         with self.accelerator.autocast():
             return open_shortcut(
                 self.model,
@@ -132,25 +145,35 @@ class Learner:
     def all_moments(self) -> optim.Moments:
         """What the optimizers so far remember, by parameter name."""
         live = optim.moments(self.optimizer.optimizer) if hasattr(self, "optimizer") else {}
-        return self.moments | live
+        return self.moments | {name: shards.all_whole(kept) for name, kept in live.items()}
 
     def restructure(self, stage: Stage) -> None:
         """Put on the adapters that a stage starts with, the same on every device."""
         for attachment in stage.attaches:
             torch.manual_seed(stable_seed(self.recipe.seed, "adapter", attachment.name))
             self.moved |= models.put(self.model, attachment)
-            self.model.to(self.accelerator.device)
+            self.model.to(self.device)
 
-    def leave(self) -> None:
-        """Unwrap the model, keep the moments by name, and do with the adapters what the stage says."""
+    def unwrap(self) -> None:
+        """Make the model whole and nobody's but the learner's, if it isn't, and keep the moments by name."""
+        if not hasattr(self, "wrapped"):
+            return
         self.accelerator.wait_for_everyone()
         self.replay.__exit__(None, None, None)
         self.optimizer.zero_grad(set_to_none=True)
         self.moments = self.all_moments()
+        if self.spread:
+            held, self.model = self.tensors(), self.whole
+            self.restore(held)
+            del self.whole
         del self.wrapped, self.optimizer, self.shortcut, self.replay
         self.accelerator.free_memory()  # collects garbage as well
         for leftover in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(leftover, None)  # or the next `prepare` takes the model for prepared
+
+    def leave(self) -> None:
+        """Unwrap the model, and do with the adapters what the stage says."""
+        self.unwrap()
         if self.stage.then != "keep":
             self.detach(self.stage.then)
 
@@ -228,9 +251,7 @@ class Learner:
             for index, example in zip(split.rows(indices), examples, strict=True):
                 example[SEED] = stable_seed(self.recipe.seed, "draw", self.stage.name, self.epoch, index)
         batch = self.collate(examples)
-        return {
-            key: value.to(self.accelerator.device) if hasattr(value, "to") else value for key, value in batch.items()
-        }
+        return {key: value.to(self.device) if hasattr(value, "to") else value for key, value in batch.items()}
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         outputs = self.task.forward(model, batch)
@@ -312,21 +333,32 @@ class Learner:
 
     # Keeping
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of every tensor that the stage may change, on the CPU."""
+        """A copy of every tensor that the stage may change, whole and on the CPU."""
         moving = freezing.movable(self.model)
         return {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items() if name in moving}
 
     def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
         """Put tensors back, by name, in the precision they were taken in: what has trained is float32 ever after."""
-        tensors = self.tensors()
+        tensors = self._held()
         with torch.no_grad():
             for name, value in snapshot.items():
-                tensors[name].data = tensors[name].data.to(value.dtype)
-                tensors[name].copy_(value)
+                if tensors[name].dtype != value.dtype:
+                    tensors[name].data = tensors[name].data.to(value.dtype)
+                tensors[name].copy_(shards.like(tensors[name], value))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every parameter and buffer, by its name in the bare model."""
+        """Every parameter and buffer, by its name in the bare model; if the model is spread, all processes ask."""
+        return shards.all_whole(self._held()) if self.spread else self._held()
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        if self.spread:
+            shards.split(self.model)
         buffers = {freezing.bare(name): buffer for name, buffer in self.model.named_buffers()}
         return {**freezing.parameters(self.model), **buffers}
 

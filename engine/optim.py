@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine import shards
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.recipe import Training
@@ -171,7 +172,7 @@ def carry(optimizer: torch.optim.Optimizer, remembered: Moments) -> int:
                 # Step counters stay on the CPU, where reading them is cheap, unless a fused kernel reads them.
                 moved = group.get("fused") or group.get("capturable")
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if moved or value.dim() else value
+                    key: shards.like(parameter, value) if moved or value.dim() else value
                     for key, value in remembered[name].items()
                 }
                 carried += 1

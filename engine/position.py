@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine import checkpoint, freezing
+from engine import checkpoint, freezing, optim
 from engine.errors import RunError
 from engine.folder import RunFolder
 from engine.learner import Learner
@@ -56,10 +56,19 @@ class Position:
     """Optimizer steps done in it."""
     best: Best = field(default_factory=Best)
 
-    def publish(self, learner: Learner, plan: Plan, folder: RunFolder, unsaid: tuple[float, float]) -> None:
+    def publish(
+        self,
+        learner: Learner,
+        plan: Plan,
+        folder: RunFolder,
+        unsaid: tuple[float, float],
+        tensors: Tensors,
+        remembered: optim.Moments,
+    ) -> None:
         """Write a checkpoint of all that is needed to go on from here, then let old ones go. Main process only.
 
-        `unsaid` is the loss that no record tells yet, over all devices. Raises `RunError` where a weight isn't finite.
+        What all processes have found together is given: `unsaid` is the loss that no record tells yet, `tensors` are
+        the learner's, `remembered` is what its optimizers remember. Raises `RunError` where a weight isn't finite.
         """
         done = sum(stage.steps for stage in plan.stages[: self.stage]) + self.step
         between = self.step == 0
@@ -77,12 +86,9 @@ class Position:
             # Those of generated stages make room: a schedule has many, and each holds all that moved so far.
             "kept": between and isinstance(learner.recipe.stages, tuple),
         }
-        tensors = learner.tensors()
         changed = {name: tensors[name] for name in sorted(learner.moved | learner.trained) if name in tensors}
         _refuse_unfinite({name: changed[name] for name in freezing.parameters(learner.model) if name in changed})
-        moments = {
-            f"{name}::{key}": value for name, part in learner.all_moments().items() for key, value in part.items()
-        }
+        moments = {f"{name}::{key}": value for name, part in remembered.items() for key, value in part.items()}
         groups = {"weights": changed, "moments": moments, "best": self.best.weights}
         name = f"stage-{self.stage:02d}-step-{self.step:06d}"
         checkpoint.publish(folder.checkpoints, name, {group: held for group, held in groups.items() if held}, state)

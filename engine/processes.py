@@ -51,15 +51,43 @@ def launched() -> Accelerator:
     if asked > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         sentence = f"WORLD_SIZE says {asked} processes, but no launcher has told this one which of them it is"
         raise RunError(f"{sentence}; use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
+    _refuse_unfit(int(os.environ.get("RANK", "0")))
     cpu = not torch.accelerator.is_available()
     with _meeting():
         accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     if asked != accelerator.num_processes:
         sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
         raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
+    if _wanted("FSDP") and not accelerator.is_fsdp2:
+        sentence = "accelerate spreads a model over accelerators, and there are none here: it would not do it"
+        raise alike(accelerator, f"{sentence}; leave `--use_fsdp` out", REFUSED)
     with _meeting():
         _waiting[:] = [distributed.new_group(backend="gloo", timeout=TIMEOUT)] if distributed.is_initialized() else []
     return accelerator
+
+
+UNFIT = {
+    "DEEPSPEED": "DeepSpeed keeps what it was made for: after a change of stages it trains other weights than asked",
+    "MEGATRON_LM": "Megatron-LM trains models of its own making",
+    "PARALLELISM_CONFIG": "tensor, context and sequence parallelism split the layers that stages name",
+}
+"""What accelerate can do and a run can't go by, and why."""
+
+
+def _wanted(backend: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{backend}", "false").lower() in ("1", "true", "yes")
+
+
+def _refuse_unfit(rank: int) -> None:
+    """Raise `RunError` for what no run can go by, before anything is set up for it."""
+    told = RunError if rank == 0 else EchoError
+    if found := next(filter(_wanted, UNFIT), None):
+        raise told(f"{UNFIT[found]}; use DDP (`--multi_gpu`) or FSDP2 (`--use_fsdp --fsdp_version 2`)", REFUSED)
+    if _wanted("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        what = "FSDP1 melts the weights of a layer into one, which then trains as a whole or not at all"
+        raise told(f"{what}; use `--fsdp_version 2`", REFUSED)
+    # Every process reads the model: each compares all that it trains with it.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 @contextmanager

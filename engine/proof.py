@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from engine import shards
 from engine.errors import RunError
 from engine.freezing import bare, movable, parameters, trainable
 from engine.records import Proved
@@ -28,8 +29,8 @@ def digests(model: nn.Module) -> Digests:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's type, shape and bits."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    """sha256 of a tensor's type, shape and bits, as far as this process holds them."""
+    flat = shards.share(tensor.detach()).cpu().contiguous().reshape(-1)
     sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if flat.numel():
         sha.update(flat.view(torch.uint8).numpy().data)
@@ -72,9 +73,9 @@ def _take_step(
     for name, parameter in names.items():
         if parameter.grad is None:
             raise RunError(f"stage `{stage}`: `{name}` should train, but the loss doesn't depend on it; freeze it")
-        if not torch.isfinite(parameter.grad).all():
+        if not torch.isfinite(shards.whole(parameter.grad)).all():
             raise RunError(f"stage `{stage}`: the very first gradient of `{name}` is not finite")
-    reached = {id(parameter) for parameter in names.values() if parameter.grad is not None and parameter.grad.any()}
+    reached = {id(one) for one in names.values() if one.grad is not None and shards.whole(one.grad).any()}
     for group in optimizer.param_groups:
         if not any(id(parameter) in reached for parameter in group["params"]):
             raise RunError(f"stage `{stage}`: the loss gives no gradient to {some(group['param_names'])}")

@@ -87,6 +87,7 @@ class Loop:
         steps, best = self.position.step, self.position.best
         if best.weights and stage.restore_best:
             self.learner.restore(best.weights)
+        self.learner.unwrap()
         moved = self.start.moved(self.learner.model, self.plan.layers)
         self.learner.leave()
         self.position.stage, self.position.step, self.position.best = stage.index + 1, 0, Best()
@@ -128,9 +129,9 @@ class Loop:
 
     def _publish(self) -> None:
         """Write a checkpoint on the main process; where that fails, every process fails with it."""
-        unsaid = self.learner.untaken_loss()
-        publish = self.position.publish
-        together(self.learner.accelerator, lambda: publish(self.learner, self.plan, self.folder, unsaid))
+        learner = self.learner
+        found = learner.untaken_loss(), learner.tensors(), learner.all_moments()
+        together(learner.accelerator, lambda: self.position.publish(learner, self.plan, self.folder, *found))
 
     # How well
 
