@@ -85,15 +85,20 @@ def run(
     what: Annotated[list[str], typer.Argument(metavar="FILE [key=value ...]", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the run; the recipe's own if left out.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever an earlier run has left.")] = False,
+    log_with: Annotated[str, typer.Option(metavar="TRACKER,...", help="Log to tensorboard, wandb, ... too.")] = "",
     runs: Annotated[Path, typer.Option(help="The folder that run folders lie in.")] = Path("runs"),
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
 ) -> None:
     """Train a recipe into runs/<its name>; a run that was cut short goes on where it was."""
+    from engine import tracking
+
+    trackers = tracking.wanted(log_with)
+    loaded, own_name = one_recipe(what)
     from engine import screen, start
 
-    loaded, own_name = one_recipe(what)
     with placed(loaded.source):
-        screen.follow(screen.console(), start.run(loaded, run_name(name or own_name), data_root, runs, fresh))
+        events = start.run(loaded, run_name(name or own_name), data_root, runs, fresh, log_with=trackers)
+        screen.follow(screen.console(), events)
 
 
 @app.command()

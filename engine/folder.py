@@ -1,7 +1,7 @@
 """A run's folder: what was asked (recipe, plan), what it ran on (manifest), what happened (metrics), what came of it.
 
 runs/<name>/  recipe.yaml  plan.json  manifest.json  metrics.jsonl  confusion.json  report.html
-              checkpoints/  model/  adapter/  export/
+              checkpoints/  model/  adapter/  export/  frostline/ (TensorBoard's files)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from engine import durable, records
 from engine.errors import ENVIRONMENT, REFUSED, RunError
 from engine.plan import Plan
+from engine.tracking import PROJECT
 
 if TYPE_CHECKING:
     from engine.learner import Learner
@@ -53,11 +54,12 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.exports = path / "export"
+        self.tracked = path / PROJECT
 
     def clear(self) -> None:
         """Forget an earlier run of this name: its checkpoints at once, so that no kill leaves some to go on from."""
         with self._writing():
-            for folder in (self.checkpoints, self.model, self.adapter, self.exports):
+            for folder in (self.checkpoints, self.model, self.adapter, self.exports, self.tracked):
                 if folder.is_dir() and not folder.is_symlink():
                     durable.retire(folder)
             for name in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json", "report.html"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from engine.recipe import Recipe
 from engine.records import Event, Finished, Note, StageEnded, Started
 from engine.reference import refer
 from engine.tasks import Facts
+from engine.tracking import followed
 from engine.train import Loop
 
 SAMPLED = 20_000
@@ -91,12 +92,18 @@ def _counted(recipe: Recipe, rows: data.Rows, bones: nn.Module, root: Path) -> t
 
 
 def run(
-    loaded: Loaded, name: str, root: Path, runs: Path, fresh: bool = False, cache: Path | None = None
+    loaded: Loaded,
+    name: str,
+    root: Path,
+    runs: Path,
+    fresh: bool = False,
+    cache: Path | None = None,
+    log_with: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Everything from a recipe to a saved model, as events; only the main process yields any.
 
     A run that was cut short goes on where its newest whole checkpoint was taken; `fresh` starts over instead.
-    Activations are kept in `cache`, or among the runs.
+    Activations are kept in `cache`, or among the runs; trackers of `log_with` hear of the training as well.
     """
     accelerator, folder = launched(), RunFolder(runs / name)
     with contextlib.ExitStack() as held:
@@ -119,7 +126,9 @@ def run(
         said = (started, *map(Note, (*notes, *skipped)))
         yield from _recorded(said, accelerator, folder)
         held.enter_context(asked_to_stop(lambda: setattr(learner, "told_to_stop", True)))
-        yield from _recorded(Loop(learner, plan, folder, position, before, start).events(), accelerator, folder)
+        events = Loop(learner, plan, folder, position, before, start).events()
+        events = followed(events, log_with, accelerator, folder.path, name, loaded.source.resolved)
+        yield from _recorded(events, accelerator, folder)
         accelerator.end_training()
 
 

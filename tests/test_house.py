@@ -27,7 +27,7 @@ FLOORS = """
 4 apart folder judging learner position train start screen signals advise sweep sweeppage report export
 4 bench trials passes readings ladder advised advicepage sayings telling selftest
 4 picture charts comparison movement listing drafting importing
-4 graphs elsewhere quantized usage card upload
+4 graphs elsewhere quantized usage card upload tracking
 5 cli arguments run
 """
 """From the ground up; a module imports from its own floor and those below it."""
