@@ -17,6 +17,7 @@ import typer
 
 from engine.arguments import one_recipe, recipes, run_name, split
 from engine.errors import CRASH, REFUSED, EchoError, FrostlineError, PlanError, Problem, RecipeError
+from engine.selftesting import selftest
 
 if TYPE_CHECKING:
     from engine.errors import Source
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 _caches = typer.Typer(no_args_is_help=True, help="Look at the activations that runs have kept, or take them away.")
 app.add_typer(_caches, name="cache")
+app.command()(selftest)
 
 
 @app.callback()

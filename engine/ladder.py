@@ -40,6 +40,8 @@ class Ladder:
     clock: Clock
     budget: Budget
     advice: Advice
+    finalists: float = FINALISTS
+    """Share of the budget that whole runs get at least; without any, short runs are the last rung."""
 
     def __post_init__(self) -> None:
         self.seed = self.advice.seed
@@ -57,7 +59,8 @@ class Ladder:
         measurable = answers.enough(self.bench.labels)
         if not measurable:
             self.advice.notes.append("too few rows to measure differences: no runs were made")
-        steps = [self.price, self.read, self.pull] + [self.short, self.full, self.when] * measurable
+        steps = [self.price, self.read, self.pull] + [self.short] * measurable
+        steps += [self.full, self.when] if measurable and self.finalists else []
         for rung in steps:
             began, said = time.perf_counter(), []
             try:
@@ -108,7 +111,7 @@ class Ladder:
         """One forward pass, kept; the head fitted to it in each fold, and probes of every layer with their controls."""
         bench, advice = self.bench, self.advice
         stacked = [each for each in bench.candidates.values() if len(each.units) == 1 and each.name != "embeddings"]
-        self.heads, advice.head_rate = trials.fit_heads(bench, self.folds, self.clock, stacked[::-1])
+        self.heads, advice.head_rate = trials.fit_heads(bench, trials.splits(self.folds), self.clock, stacked[::-1])
         advice.short[HEAD] = [head.judged for head in self.heads]
         frozen = answers.value(advice.short[HEAD], self.metric, self.seed)
         said = f"the head alone, fitted at {advice.head_rate:g}: {self.metric.name} {_percent(frozen)}"
@@ -127,7 +130,7 @@ class Ladder:
         """Every candidate for a few steps from the fitted head, judged out of fold."""
         epoch = -(-self.bench.rows * (FOLDS - 1) // FOLDS // self.bench.recipe.batch_size)
         steps = self.advice.short_steps = min(max(SHORT[0], epoch), SHORT[1])
-        half = self.clock.seconds * (1 - FINALISTS)
+        half = self.clock.seconds * (1 - self.finalists)
         until = max(half, self.clock.spent + SCANT * self.clock.left)
         tried, rates = self._affordable(steps, until - self.clock.spent)
         for each in tried:

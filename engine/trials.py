@@ -159,27 +159,40 @@ class Head:
     judged: Judged
 
 
+Split = tuple[np.ndarray, np.ndarray]
+"""Rows to train on, and rows to judge by."""
+
+
 def fit_heads(
-    bench: Bench, folds: Sequence[np.ndarray], clock: Clock, ahead: Sequence[Candidate] = ()
+    bench: Bench, splits: Sequence[Split], clock: Clock, ahead: Sequence[Candidate] = ()
 ) -> tuple[list[Head], float]:
-    """A head for each fold, and the rate that they were fitted at: the best of three on the first fold.
+    """A head for each split, and the rate that they were fitted at: the best of three on the first one.
 
     It is what linear probing does with the model's own head, whatever that is made of. Where the budget ends on the
-    way there are fewer heads than folds, and at least one.
+    way there are fewer heads than splits, and at least one.
     """
     heads: list[Head] = []
-    least, most = HEAD_STEPS
-    everyone = np.arange(bench.rows)
     with entered(bench, bench.candidates[HEAD], clock, ahead) as arm, suppress_end(heads):
-        for fold, held in enumerate(folds):
-            train = np.setdiff1d(everyone, held)
-            steps = min(most, max(least, HEAD_EPOCHS * -(-len(train) // bench.recipe.batch_size)))
+        for number, (train, judge) in enumerate(splits):
+            steps = head_steps(len(train), bench.recipe.batch_size)
             tried: list[tuple[float, Head]] = []
             for rate in HEAD_RATES if not heads else (heads[0].judged.rate,):
-                judged = arm.run(Run(train, held, fold, fold, rate, rate, steps, falls=True), bench.start)
+                judged = arm.run(Run(train, judge, number, number, rate, rate, steps, falls=True), bench.start)
                 tried.append((float(judged.losses.mean()), Head(bench.learner.snapshot(), judged)))
             heads.append(min(tried, key=lambda pair: pair[0])[1])
     return heads, heads[0].judged.rate
+
+
+def head_steps(rows: int, batch_size: int) -> int:
+    """Steps that fit a head to so many rows."""
+    least, most = HEAD_STEPS
+    return min(most, max(least, HEAD_EPOCHS * -(-rows // batch_size)))
+
+
+def splits(folds: Sequence[np.ndarray]) -> list[Split]:
+    """For each fold the rows of all others, and its own."""
+    everyone = np.sort(np.concatenate(list(folds)))
+    return [(np.setdiff1d(everyone, held), held) for held in folds]
 
 
 @contextmanager

@@ -25,16 +25,16 @@ FLOORS = """
 3 memory speed processes freezing tracing pricing outlining models origins selection split streaming data batches optim media
 3 mediafolders trust vocabulary replay capturing frostline store prefix shortcut durable checkpoint proof reference shards
 4 apart folder judging learner position train start screen signals advise sweep sweeppage report export
-4 bench trials passes readings ladder advised advicepage sayings telling selftest
+4 bench trials passes readings ladder advised advicepage sayings telling regret planting scorecard selftest
 4 picture charts comparison movement listing drafting importing
 4 graphs elsewhere quantized usage card upload tracking
-5 cli arguments run
+5 cli arguments selftesting run
 """
 """From the ground up; a module imports from its own floor and those below it."""
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "peft", "sklearn", "matplotlib")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 KEYS = "model task data freeze adapters stages training batch_size per_device_batch_size evaluation cache seed"
-COMMANDS = "check plan run sweep advise report export init import ls diff schema cache supervise"
+COMMANDS = "check plan run sweep advise report export init import ls diff schema cache supervise selftest"
 
 
 def label(file: Path) -> str:
