@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,24 @@ def write(path: Path) -> Path:
 
 def render(template: str, **values: Any) -> str:
     """A page of `pages/`. Its only style is the one whose hash its policy names."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     style = (PAGES / "page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return _pages().get_template(template).render(style=Markup(style), style_hash=digest, **values)
+
+
+@cache
+def _pages() -> Any:
+    """The templates, kept as they are compiled: a run writes its report after every stage."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     pages = Environment(
         loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters |= {"count": count, "weight": weight, "portion": portion, "rates": rates, "time": duration}
     pages.filters |= {"metric": metric, "dotted": _dotted}
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return pages.get_template(template).render(style=Markup(style), style_hash=digest, **values)
+    return pages
 
 
 def _dotted(name: str) -> Any:
