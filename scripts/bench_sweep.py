@@ -1,10 +1,10 @@
 """What a sweep over freeze depth costs on one shared cache, and what the same runs cost without it, side by side.
 
-    python scripts/bench_sweep.py [--rows 300] [--seeds 3] [--depths 0,1,2,3,4,5,6] [--rounds 1]
+    python scripts/bench_sweep.py [--rows 300] [--seeds 3] [--depths 0,1,2,3,4,5,6]
 
 MiniLM (6 blocks) on TREC questions by recipes/trec.yaml, one learning rate, the same steps at every depth. Each sweep
-is a process and a thread of its own; compared is the CPU time of the whole process, imports included, which a busy
-machine disturbs least. The order turns around with each round. Both sweeps must come to the same numbers, bit for bit.
+is a process and a thread of its own, and both run at the same time; compared is the CPU time of the whole process,
+imports included, which a busy machine disturbs least. Both must come to the same numbers, bit for bit.
 `forecast` is what the plans count in FLOPs: the most that a cache could spare, were everything but the layers free.
 """
 
@@ -16,8 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,12 @@ class Spent:
     """What one sweep took and came to."""
 
     cpu: float
-    wall: float
     flops: float
     rows: list[dict[str, Any]]
 
 
-def sweep(way: str, words: Sequence[str], folder: Path) -> Spent:
-    """One sweep in a process of its own; ends where it fails."""
+def begin(way: str, words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start one sweep in a process of its own."""
     command = [
         sys.executable,
         "-m",
@@ -52,16 +51,19 @@ def sweep(way: str, words: Sequence[str], folder: Path) -> Spent:
         str(folder),
     ]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    began = time.perf_counter()
     with (folder / "log").open("w") as log:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | quiet)
-        _, status, usage = os.wait4(child.pid, 0)
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | quiet)
+
+
+def end(way: str, child: subprocess.Popen[bytes], folder: Path) -> Spent:
+    """What a sweep took and came to, once it is over; ends where it has failed."""
+    _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"`{way}` failed:\n" + (folder / "log").read_text()[-2000:])
     rows = json.loads((folder / "trec-sweep/sweep.json").read_text())["rows"]
     flops = sum(row["flops"] * len(row["values"]) for row in rows)
-    return Spent(usage.ru_utime + usage.ru_stime, time.perf_counter() - began, flops, rows)
+    return Spent(usage.ru_utime + usage.ru_stime, flops, rows)
 
 
 def table(cached: Spent, plain: Spent) -> str:
@@ -76,7 +78,7 @@ def table(cached: Spent, plain: Spent) -> str:
         [
             *lines,
             f"CPU time: {cached.cpu:.0f} s on a shared cache, {plain.cpu:.0f} s without: {cached.cpu / plain.cpu:.0%}"
-            f"{forecast}; wall {cached.wall:.0f} s and {plain.wall:.0f} s",
+            f"{forecast}",
             f"every value of every run is {'the same' if same else 'NOT the same'} with and without",
         ]
     )
@@ -87,18 +89,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300, help="rows to train on; half as many judge")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depths", default="0,1,2,3,4,5,6")
-    parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
     _trec.prepare(ROOT / "data/trec")
     splits = [f"data.splits.train=train[:{asked.rows}]", f"data.splits.validation=validation[:{asked.rows // 2}]"]
     options = ["--depths", asked.depths, "--seeds", str(asked.seeds), "--learning-rates", "2e-4"]
-    for number in range(asked.rounds):
-        spent = {}
-        for way in list(WAYS)[:: -1 if number % 2 else 1]:
-            with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-                spent[way] = sweep(way, [*splits, "data.splits.test=", *options], Path(folder))
-            print(f"{way}: {spent[way].cpu:.0f} s CPU", flush=True)
-        print(table(*(spent[way] for way in WAYS)), flush=True)
+    with ExitStack() as held:
+        folders = {way: Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) for way in WAYS}
+        words = [*splits, "data.splits.test=", *options]
+        children = {way: begin(way, words, folder) for way, folder in folders.items()}
+        spent = [end(way, children[way], folders[way]) for way in WAYS]
+        print(table(*spent))
 
 
 if __name__ == "__main__":
