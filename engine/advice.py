@@ -65,6 +65,8 @@ class Advice:
     """All layers read at once."""
     growth: dict[int, float] = field(default_factory=dict)
     """Rows -> what is read off the best layer with so many."""
+    measurable: bool = True
+    """Whether there are rows enough to tell anything (rule D0)."""
     head_rate: float | None = None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Signal -> unit -> score."""

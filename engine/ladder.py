@@ -7,7 +7,6 @@ budget has no room for is dropped in an order that is fixed, and told. The test 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,18 +50,20 @@ class Ladder:
         """Candidate -> the rate that was best for it."""
         self.costs: dict[str, float] = {}
         """Candidate -> seconds of a step and its share of judging, as measured."""
+        self.tried = 1
+        """Rates that the last candidate was tried at."""
         self.entering = 0.0
         """Seconds that entering a candidate has taken at most."""
 
     def climb(self) -> Iterator[Rung]:
         """Rung by rung, until the answer is there or the budget is spent."""
-        measurable = answers.enough(self.bench.labels)
+        measurable = self.advice.measurable = answers.enough(self.bench.labels)
         if not measurable:
             self.advice.notes.append("too few rows to measure differences: no runs were made")
         steps = [self.price, self.read, self.pull] + [self.short] * measurable
         steps += [self.full, self.when] if measurable and self.finalists else []
         for rung in steps:
-            began, said = time.perf_counter(), []
+            began, said = self.clock.now(), []
             try:
                 said = rung()
             except OutOfTimeError:
@@ -70,7 +71,7 @@ class Ladder:
                 self.advice.dropped.append(f"{TITLES[rung.__name__]}: not finished, {why}")
             self._decide()
             self.advice.spent, self.advice.stopped = self.clock.spent, self.clock.stopped
-            yield self._done(TITLES[rung.__name__], time.perf_counter() - began, said)
+            yield self._done(TITLES[rung.__name__], self.clock.now() - began, said)
             if self.clock.left <= 0:
                 break
 
@@ -133,12 +134,18 @@ class Ladder:
         half = self.clock.seconds * (1 - self.finalists)
         until = max(half, self.clock.spent + SCANT * self.clock.left)
         tried, rates = self._affordable(steps, until - self.clock.spent)
-        for each in tried:
+        for place, each in enumerate(tried):
             if self.clock.spent > until and self.advice.short.keys() - {HEAD}:
                 self.advice.dropped.append(f"short runs of {each.name}: no time")
                 continue
+            began = self.clock.now()
             with self._enter(each) as arm:
                 self._pilot(arm, steps, rates)
+                self.entering = max(
+                    self.entering, self.clock.now() - began - self.tried * self.costs[each.name] * steps
+                )
+                if self._all_folds_fit(tried[place:], steps, until):
+                    self._more_folds(arm, steps, len(self.heads))
         self._deepen([each for each in tried if each.name in self.rates], steps, until)
         found = answers.gains(self.advice.short)
         for name, scores in self.advice.scores.items():
@@ -182,23 +189,42 @@ class Ladder:
             judged = arm.run(self._run(0, rate, steps), self.heads[0].weights)
             self.costs[name] = judged.seconds / steps
             tried.append((float(judged.losses.mean()), rate, judged))
+            self.tried = len(tried)
             if turn and tried[-1][0] >= tried[-2][0]:
                 break
         _, self.rates[name], best = min(tried, key=lambda each: each[:2])
         self.advice.short[name] = [best]
 
+    def _all_folds_fit(self, left: Sequence[Candidate], steps: int, until: float) -> bool:
+        """Whether all candidates from this one on can be tried on all folds, going by what it took itself.
+
+        Then that is done while they are entered, which costs as much as a short run or two.
+        """
+        mine = left[0].name
+        ratio = self.costs[mine] * steps / max(self._foreseen(left[:1], steps), 1e-9)
+        runs = self.tried + len(self.heads) - 1
+        later = sum(ratio * runs * self._foreseen([each], steps) + self.entering for each in left[1:])
+        return later + (len(self.heads) - 1) * self.costs[mine] * steps < 0.9 * (until - self.clock.spent)
+
+    def _more_folds(self, arm: trials.Arm, steps: int, most: int) -> None:
+        """The folds up to `most` that a candidate hasn't been tried on, at the rate that was best on the first."""
+        name = arm.candidate.name
+        for fold in range(len(self.advice.short[name]), most):
+            judged = arm.run(self._run(fold, self.rates[name], steps), self.heads[fold].weights)
+            self.advice.short[name].append(judged)
+
     def _deepen(self, tried: Sequence[Candidate], steps: int, until: float) -> None:
-        """The other folds, at the rate that was best on the first: as many as there is time for."""
+        """More folds for those that were tried on the first alone: as many as there is time for, the same for all."""
+        behind = [each for each in tried if len(self.advice.short[each.name]) < len(self.heads)]
         more = len(self.heads) - 1
-        one = sum(self.costs[each.name] * steps for each in tried)
-        fits = int(max(0.0, until - self.clock.spent) / one) if one else more
+        one = sum(self.costs[each.name] * steps for each in behind)
+        room = until - self.clock.spent - self.entering * len(behind)
+        fits = min(more, int(max(0.0, room) / one)) if one else more
         if fits < more:
             self.advice.dropped.append(f"short runs on {more - fits} of {len(self.heads)} folds")
-        for each in tried if fits else ():
+        for each in behind if fits else ():
             with self._enter(each) as arm:
-                for fold in range(1, min(more, fits) + 1):
-                    judged = arm.run(self._run(fold, self.rates[each.name], steps), self.heads[fold].weights)
-                    self.advice.short[each.name].append(judged)
+                self._more_folds(arm, steps, fits + 1)
 
     def _run(self, fold: int, rate: float, steps: int, falls: bool = False) -> Run:
         held = self.folds[fold]

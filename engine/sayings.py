@@ -65,7 +65,9 @@ def _need(advice: Advice, found: Verdict) -> tuple[str, str]:
     gain, metric = found.gain, advice.metric
     if found.need == "not measurable" or gain is None:
         prior = "kept frozen, which is a rule of thumb here and no measurement"
-        few = f"{advice.rows:,} rows to judge by, of which the rarest class has too few, or no time for runs"
+        if advice.measurable:
+            return "not measured", f"There was no time for runs; {prior}."
+        few = f"{advice.rows:,} rows, or too few of most classes, leave every difference in the noise"
         return "not measurable with this data", f"{few}; {prior}."
     frozen = row(found, HEAD)
     thawed = max(

@@ -231,6 +231,8 @@ def _ranked(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) 
     for _ in ladder.climb():
         pass
     advice = ladder.advice
+    if not advice.ranking():
+        raise RunError(f"a budget of {settings.budget} ends before the first short run", REFUSED)
     layers = list(advice.probes)
     drops = {b: advice.probes[a].accuracy - advice.probes[b].accuracy for a, b in pairwise(layers)}
     gains = _gains(advice)
@@ -267,7 +269,7 @@ def _ladder(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) 
     from engine import ladder
     from engine.budget import Budget, Clock
 
-    clock, budget = Clock(), Budget.read(settings.budget)
+    clock, budget = Clock(now=time.process_time), Budget.read(settings.budget)
     return ladder.begin(_bench(place, recipe, settings, seed), "case", budget, clock, seed)
 
 
@@ -307,7 +309,7 @@ def _set(place: Path, settings: Settings, name: str, seed: int) -> tuple[dict[st
 
 def _advice(place: Path, settings: Settings, name: str, seed: str) -> dict[str, Any]:
     user, _ = _set(place, settings, name, int(seed))
-    began = time.perf_counter()
+    began = time.process_time()
     ladder = _ladder(place, user, settings, int(seed))
     for _ in ladder.climb():
         pass
@@ -324,7 +326,7 @@ def _advice(place: Path, settings: Settings, name: str, seed: str) -> dict[str, 
         "thawed": _thawed(verdict),
         "rungs": {rung.name: round(rung.seconds, 1) for rung in advice.rungs},
         "dropped": advice.dropped,
-        "spent": time.perf_counter() - began,
+        "spent": time.process_time() - began,
         "budget": settings.budget,
         "agreement": advice.agreement,
     }
@@ -342,14 +344,14 @@ def _truth(place: Path, settings: Settings, name: str, seed: str) -> dict[str, A
     from engine.units import HEAD, window
 
     _, both = _set(place, settings, name, int(seed))
-    bench, clock = _bench(place, both, settings, int(seed)), Clock()
+    bench, clock = _bench(place, both, settings, int(seed)), Clock(now=time.process_time)
     mine = (place / "user.jsonl").read_text().count("\n") if name not in PICTURES else 300
     judge, test = trials.folds(bench.labels[:mine], 4, int(seed))[0], np.arange(mine, bench.rows)
     train = np.setdiff1d(np.arange(mine), judge)
     for pair in pairwise([unit.name for unit in bench.units if unit.name.startswith("block")][:-1]):
         bench.add(window(bench.units, pair))  # what advice may propose
     heads, head_rate = trials.fit_heads(bench, [(train, judge)], clock)
-    found, began = {}, time.perf_counter()
+    found, began = {}, time.process_time()
     for each in bench.candidates.values():
         if each.name == HEAD:
             continue
@@ -367,7 +369,7 @@ def _truth(place: Path, settings: Settings, name: str, seed: str) -> dict[str, A
             [(arm.run(replace(run, steps=0), heads[0].weights), 0.0)], len(judge), bench.labels[run.judge]
         )
     work = {name: stage.cached_cost for name, stage in bench.stages.items()}
-    return {"set": name, "seed": int(seed), "candidates": found, "work": work, "swept": time.perf_counter() - began}
+    return {"set": name, "seed": int(seed), "candidates": found, "work": work, "swept": time.process_time() - began}
 
 
 def _better(tried: Sequence[tuple[Any, float]], judges: int, labels: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def selftest(
     sets: Annotated[list[str] | None, typer.Option(help="`name=FILE`: JSON lines with `text` and `label`.")] = None,
     only: Annotated[str, typer.Option("--cases", help="Of plant, shift, advice, truth.")] = "plant,shift,advice,truth",
     jobs: Annotated[int, typer.Option(min=1, help="Cases at a time, each a process of one thread.")] = 1,
-    budget: Annotated[str, typer.Option(help="Time for each advice.")] = "150s",
+    budget: Annotated[str, typer.Option(help="Time of the processor for each advice.")] = "150s",
     rows: Annotated[int, typer.Option(min=100, help="Rows of a user.")] = 400,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise for each block.")] = 3,
     strength: Annotated[float, typer.Option(help="Noise, in each matrix's own deviations.")] = 2.0,

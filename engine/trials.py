@@ -6,7 +6,6 @@ so what lies below a frost line is captured once for all of them. Nothing is wri
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,15 +68,15 @@ class Arm:
 
         A run whose gradient is not finite is judged as worthless: its losses are infinite.
         """
-        began, broken = time.perf_counter(), False
+        began, broken = self.clock.now(), False
         self._reset(wanted, start)
         self.took = []
         try:
             for step in range(wanted.steps):
                 self.clock.check()
-                at = time.perf_counter()
+                at = self.clock.now()
                 self.learner.step(step)
-                self.took.append(time.perf_counter() - at)
+                self.took.append(self.clock.now() - at)
         except RunError:
             broken = True
             self.learner.optimizer.zero_grad(set_to_none=True)
@@ -92,7 +91,7 @@ class Arm:
             rows=tuple(wanted.judge.tolist()),
             losses=np.full(len(losses), np.inf) if broken else losses,
             predicted=predicted,
-            seconds=time.perf_counter() - began,
+            seconds=self.clock.now() - began,
         )
 
     def _reset(self, wanted: Run, start: Weights) -> None:
