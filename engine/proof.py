@@ -6,7 +6,8 @@ It compares bits and nothing else, and it leaves the model as it found it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,14 +53,34 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
     tensors = {**parameters(model), **{bare(name): buffer for name, buffer in model.named_buffers()}}
     kept = {name: tensors[name].detach().clone() for name in moving}
     try:
-        if _take_step(optimizer, names, loss, stage):
-            # LoRA's first matrix has no gradient until its second, which starts at 0, has moved.
-            _take_step(optimizer, names, loss, stage)
+        with _every_layer(model):
+            if _take_step(optimizer, names, loss, stage):
+                # LoRA's first matrix has no gradient until its second, which starts at 0, has moved.
+                _take_step(optimizer, names, loss, stage)
         _stood_still(before, digests(model), moving, f"stage `{stage}`: a trial step")
     finally:
         for name, tensor in kept.items():
             tensors[name].data.copy_(tensor)
         optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _every_layer(model: nn.Module) -> Iterator[None]:
+    """No layer is left out at random meanwhile (layerdrop), for one that is has no gradient, though it does train."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    kept = [
+        (holder, name, getattr(holder, name))
+        for holder in (*configs.values(), *model.modules())
+        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        if isinstance(getattr(holder, name, None), float)
+    ]
+    for holder, name, _ in kept:
+        setattr(holder, name, 0.0)
+    try:
+        yield
+    finally:
+        for holder, name, value in kept:
+            setattr(holder, name, value)
 
 
 def _take_step(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import senses
 import tiny
 import torch
 from hypothesis import given
@@ -155,6 +156,17 @@ def test_canary_stops_a_stage_that_could_not_train(loss: Losses, held: str, said
         watched(loss, held)
     assert said in str(caught.value)
     assert caught.value.exit_code == 5
+
+
+def test_canary_counts_layers_that_are_left_out_at_random() -> None:
+    """wav2vec 2.0 leaves nearly every layer out here; each trains all the same, and none is left out for the trial."""
+    model = senses.wav2vec2(layerdrop=0.99, mask_time_prob=0.0)
+    freezing.obey(model, frozenset(name for name, _ in model.named_parameters() if "encoder.layers" in name))
+    freezing.train_mode(model)
+    sound = torch.linspace(-1, 1, 4_000).sin().repeat(2, 1)
+    optimizer = torch.optim.AdamW(list(freezing.trainable(model).items()), lr=0.1)
+    proof.canary(model, optimizer, lambda: model(sound, labels=torch.tensor([0, 1])).loss, "top")
+    assert model.config.layerdrop == 0.99
 
 
 def test_canary_sees_a_frozen_tensor_move() -> None:

@@ -7,15 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import running
 import tiny
+from test_export_tasks import PLACES
+from test_recipes import two_steps
 
 from engine import drafting, listing, load, start
 from engine.cli import main
 from engine.errors import RecipeError
+from engine.records import Evaluated, StageStarted
 from engine.tasks import TASKS
 
+TOLD = {
+    "translation": ("task.source_lang=en", "task.target_lang=de"),
+    "question-answering": ("task.stride=4",),
+}
+"""What only whoever has the data can say, and what a model of 32 tokens needs."""
 NAMES = [task.model_fields["type"].annotation.__args__[0] for task in TASKS]
 
 
@@ -50,6 +59,23 @@ def test_what_init_writes_plans_and_trains(tmp_path: Path) -> None:
     plan = start.draft(load.load(path), root).plan
     assert [stage.name for stage in plan.stages] == ["head", "top"]
     assert plan.stages[0].size < plan.stages[1].size < plan.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", NAMES)
+def test_what_init_writes_trains_two_steps_a_stage(
+    tmp_path: Path, task: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is written, but for the length of its stages and of a batch."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    PLACES[task](tmp_path)
+    path = drafting.write("model", task, "rows", tmp_path / "first.yaml")
+    loaded = load.load(path, [*two_steps(load.load(path)), "batch_size=4", *TOLD.get(task, ())])
+    happened = list(start.run(loaded, "first", tmp_path, tmp_path / "runs"))
+    stages = [stage.name for stage in loaded.recipe.stages]
+    assert [event.stage for event in running.events(happened, StageStarted)] == stages
+    assert {event.stage for event in running.events(happened, Evaluated)} == set(stages)
+    assert (tmp_path / "runs/first/model/config.json").is_file()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
