@@ -54,7 +54,7 @@ def export(
     folder, target = RunFolder(run), out or RunFolder(run).exports / to
     _refuse(folder, to, int8, target)
     papers, loaded = report.read(run), load(folder.recipe)
-    recipe = loaded.recipe
+    recipe = _unpacked(loaded.recipe)
     act = {"safetensors": _weights, "adapter": _adapter}.get(to) or _graph(to, int8, root)
 
     def write(staged: Path) -> Content:
@@ -72,6 +72,13 @@ def export(
         raise
     except OSError as error:
         raise RunError(f"{target}: can't be written ({durable.reason(error)})", ENVIRONMENT) from error
+
+
+def _unpacked(recipe: Recipe) -> Recipe:
+    """The same recipe with every text by itself: several in one row are for training, nobody serves them so."""
+    if not getattr(recipe.task, "packing", False):
+        return recipe
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"packing": False})})
 
 
 def _refuse(folder: RunFolder, to: str, int8: bool, target: Path) -> None:

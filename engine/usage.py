@@ -13,7 +13,7 @@ TEXT = 'inputs = prepares(["A sentence.", "Another one, somewhat longer."], padd
 SOUND = 'inputs = prepares([0.0] * 16_000, sampling_rate=prepares.sampling_rate, return_tensors="{kind}")'
 ASKED = {
     "question-answering": 'inputs = prepares("What is frozen?", "The lake is frozen.", return_tensors="{kind}")',
-    "fill-mask": 'inputs = prepares(f"A {prepares.mask_token} sentence.", return_tensors="{kind}")',
+    "fill-mask": 'inputs = prepares(f"A {{prepares.mask_token}} sentence.", return_tensors="{kind}")',
     "text-generation": 'inputs = prepares("Once upon a time", return_tensors="{kind}")',
     "image-classification": 'inputs = prepares(Image.new("RGB", (320, 240)), return_tensors="{kind}")',
     "image-segmentation": 'inputs = prepares(Image.new("RGB", (320, 240)), return_tensors="{kind}")',

@@ -98,7 +98,12 @@ def packed(root: Path) -> Keys:
 
 def preferred(root: Path) -> Keys:
     preferences.place(root, preferences.rows(24), preferences.rows(8))
-    return {}
+    return {"task": preferences.DPO}
+
+
+def asked(root: Path) -> Keys:
+    texts("BertForQuestionAnswering", answers.rows)(root)
+    return {"task": answers.TASK}
 
 
 def summaries(root: Path) -> Keys:
@@ -119,7 +124,7 @@ PLACES: dict[str, Callable[[Path], Keys]] = {
     "image-classification": pictures,
     "image-segmentation": scenes,
     "multiple-choice": texts("BertForMultipleChoice", choices.rows),
-    "question-answering": texts("BertForQuestionAnswering", answers.rows),
+    "question-answering": asked,
     "sentence-similarity": texts("BertModel", similarity.pairs),
     "summarization": summaries,
     "text-classification": texts("BertForSequenceClassification", tiny.reviews),
