@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from engine.frostline import Refusal
 from engine.replay import Line, capture
@@ -145,9 +146,10 @@ def _size(value: Any) -> Any:
 
 def same(one: Batch, other: Batch) -> bool:
     """Whether two batches hold the same values."""
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
-        for key, value in one.items()
+    (ours, kind), (theirs, its) = tree_flatten(dict(one)), tree_flatten(dict(other))
+    return kind == its and all(
+        torch.equal(value, found) if isinstance(value, Tensor) else value == found
+        for value, found in zip(ours, theirs, strict=True)
     )
 
 

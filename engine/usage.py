@@ -17,6 +17,7 @@ ASKED = {
     "text-generation": 'inputs = prepares("Once upon a time", return_tensors="{kind}")',
     "image-classification": 'inputs = prepares(Image.new("RGB", (320, 240)), return_tensors="{kind}")',
     "image-segmentation": 'inputs = prepares(Image.new("RGB", (320, 240)), return_tensors="{kind}")',
+    "object-detection": 'inputs = prepares(Image.new("RGB", (320, 240)), return_tensors="{kind}")',
     "audio-classification": SOUND,
     "automatic-speech-recognition": SOUND.replace("prepares.sampling", "prepares.feature_extractor.sampling"),
     "multiple-choice": (

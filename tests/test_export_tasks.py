@@ -15,6 +15,7 @@ import test_export
 import test_tasks_automatic_speech_recognition as speech
 import test_tasks_image_segmentation as segmentation
 import test_tasks_multiple_choice as choices
+import test_tasks_object_detection as detection
 import test_tasks_preferences as preferences
 import test_tasks_question_answering as answers
 import test_tasks_sentence_similarity as similarity
@@ -86,6 +87,11 @@ def said(root: Path) -> Keys:
     return {}
 
 
+def squares(root: Path) -> Keys:
+    detection.place(root, detection.yolos())
+    return {}
+
+
 def language(root: Path) -> Keys:
     generation.place(root)
     return {}
@@ -124,6 +130,7 @@ PLACES: dict[str, Callable[[Path], Keys]] = {
     "image-classification": pictures,
     "image-segmentation": scenes,
     "multiple-choice": texts("BertForMultipleChoice", choices.rows),
+    "object-detection": squares,
     "question-answering": asked,
     "sentence-similarity": texts("BertModel", similarity.pairs),
     "summarization": summaries,
@@ -134,7 +141,7 @@ PLACES: dict[str, Callable[[Path], Keys]] = {
     "token-classification": texts("BertForTokenClassification", tokens.rows),
     "translation": translations,
 }
-FIXED = ("image-classification", "image-segmentation")
+FIXED = ("image-classification", "image-segmentation", "object-detection")
 """Their processors make every picture the same size."""
 
 

@@ -7,6 +7,7 @@ from engine.tasks.fill_mask import FillMask
 from engine.tasks.image_classification import ImageClassification
 from engine.tasks.image_segmentation import ImageSegmentation
 from engine.tasks.multiple_choice import MultipleChoice
+from engine.tasks.object_detection import ObjectDetection
 from engine.tasks.question_answering import QuestionAnswering
 from engine.tasks.sentence_similarity import SentenceSimilarity
 from engine.tasks.summarization import Summarization
@@ -27,6 +28,7 @@ TASKS = (
     Translation,
     ImageClassification,
     ImageSegmentation,
+    ObjectDetection,
     AudioClassification,
     AutomaticSpeechRecognition,
 )
