@@ -22,10 +22,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from engine import adapters, freezing, models, optim, shards
+from engine import adapters, freezing, models, optim, shards, shortage
 from engine.batches import Batching
 from engine.data import Encoded, Split
-from engine.errors import PlanError, Problem, RunError
+from engine.errors import PlanError, Problem
 from engine.plan import Stage
 from engine.prefix import Cache
 from engine.processes import agree, alike
@@ -105,11 +105,11 @@ class Learner:
     def _wrap(self) -> None:
         """Try the stage and hand it to the accelerator; where that spreads the model, the other way round."""
         if not self.spread:
-            self._canary()
+            shortage.fit(self)
         optimizer = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.spread:
-            self._canary()
+            shortage.fit(self)
         found = freezing.parameters(self.model)
         self.parameters = [found[name] for name in self.stage.trainable]
 
@@ -193,6 +193,25 @@ class Learner:
         Raises `RunError` where the batch has no live label, or the gradient is not finite.
         """
         optim.set_rates(self.optimizer, self.share(step))
+        before = self.loss_sum, self.weight_sum
+        while True:
+            short = self._descend(step)
+            limit = self.recipe.training.max_grad_norm or math.inf
+            norm = math.nan if short else float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+            # a float16 scaler skips the step by itself
+            if math.isfinite(norm) or (self.accelerator.scaler is not None and not short):
+                break
+            if not shortage.halved(self, short):
+                what = f"stage `{self.stage.name}`, step {step + 1}: the gradient is not finite ({norm})"
+                raise alike(self.accelerator, f"{what}; lower the learning rate or look at the data")
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss_sum, self.weight_sum = before
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _descend(self, step: int) -> bool:
+        """The gradient of a step, its micro-batches one by one; whether this device's memory ran out on the way."""
         share = self.batching.share(self._indices(step), self.accelerator.process_index)
         batches = [self.collated(self.data.train, micro.indices) for micro in share]
         weights = [self.task.weight(batch) if micro.counts else 0 for micro, batch in zip(share, batches, strict=True)]
@@ -202,24 +221,27 @@ class Learner:
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
             seed_draws(self.recipe.seed, self.stage.index, step, micro.number)
             last = turn == len(share) - 1
+            reached = self._taken(micro.indices, batch, weight, total, last)
+            if reached != "end":
+                shortage.join(self, micro.indices[:1], summed=last and reached == "backward")
+                return True
+        self.weight_sum += sum(weights)
+        return False
+
+    def _taken(self, indices: Sequence[int], batch: Batch, weight: int, total: int, last: bool) -> str:
+        """Forward and backward on a micro-batch; in which of the two memory ran out, or `end`."""
+        reached = "forward"
+        try:
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                self.shortcut.feed(self.data.train, micro.indices, batch)
-                loss = self._loss(self.wrapped, batch) if weight else self._nothing(batch)
+                self.shortcut.feed(self.data.train, indices, batch)
+                loss = self._loss(self.wrapped, batch) if weight else self.nothing(batch)
+                reached = "backward"
                 # DDP means over devices; the loss is a mean over all the units of the step.
                 self.accelerator.backward(loss * (weight * self.accelerator.num_processes / total))
             self.loss_sum += loss.detach().double() * weight
-        self.weight_sum += sum(weights)
-        return self._move(step)
-
-    def _move(self, step: int) -> float:
-        limit = self.recipe.training.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a float16 scaler skips the step by itself
-            what = f"stage `{self.stage.name}`, step {step + 1}: the gradient is not finite ({norm})"
-            raise alike(self.accelerator, f"{what}; lower the learning rate or look at the data")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        except torch.OutOfMemoryError:
+            return reached
+        return "end"
 
     def untaken_loss(self) -> tuple[float, float]:
         """The loss since it was last taken, summed over all units and devices, and the weight of these units."""
@@ -257,7 +279,7 @@ class Learner:
         outputs = self.task.forward(model, batch)
         return self.smoother(outputs, batch["labels"], self.task.shifts) if self.smoother else outputs.loss
 
-    def _nothing(self, batch: Batch) -> torch.Tensor:
+    def nothing(self, batch: Batch) -> torch.Tensor:
         """A loss of zero that still reaches every parameter, for a batch without live labels: their mean is 0 / 0."""
         outputs = dict(self.task.forward(self.wrapped, batch))
         leaves = tree_leaves({key: value for key, value in outputs.items() if key != "loss"})
@@ -301,7 +323,8 @@ class Learner:
                 raise RunError(f"stage `{self.stage.name}`: one example alone doesn't fit the device's memory")
             self.batching = self.batching.halved()
 
-    def _tried(self, indices: Sequence[int], batch: Batch) -> torch.Tensor:
+    def tried(self, indices: Sequence[int], batch: Batch) -> torch.Tensor:
+        """The loss of some examples on the model as it is, without DDP's hooks."""
         self.shortcut.feed(self.data.train, indices, batch)
         return self._loss(self.model, batch)
 

@@ -69,8 +69,12 @@ class Loop:
         reason = f"{stage.steps} steps done"
         clock = time.perf_counter()
         while position.step < stage.steps and not self._stale(stage):
+            micro = self.learner.batching.micro
             norm = self.learner.step(position.step)
             position.step += 1
+            if self.learner.batching.micro < micro:
+                what = f"stage `{stage.name}`, step {position.step}: the memory of a device ran out"
+                yield Note(f"{what}; from here on {self.learner.batching.reason}")
             due = self._evaluation_due(stage)
             if position.step % self.learner.recipe.training.logging_steps == 0 or due:
                 yield self._taken(stage, norm, time.perf_counter() - clock)
