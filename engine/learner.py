@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from engine.errors import PlanError, Problem
 from engine.plan import Stage
 from engine.prefix import Cache
 from engine.processes import agree, alike
-from engine.proof import canary
 from engine.randomness import seed_draws, stable_seed
 from engine.recipe import Recipe
 from engine.shortcut import Shortcut, open_shortcut
@@ -298,30 +296,6 @@ class Learner:
         # MPS has no float64; what is counted there is counted on the CPU, where one process needs no collective.
         device = self.accelerator.device
         return torch.device("cpu") if device.type == "mps" else device
-
-    def _canary(self) -> None:
-        """Try the stage on the longest examples, as it will train; halve the micro-batch where memory runs out."""
-        split = self.data.train
-        longest = np.arange(len(split)) if split.lengths is None else np.argsort(split.lengths)[::-1]
-        while True:
-            indices = longest[: self.batching.micro].tolist()
-            batch = self.collated(split, indices)
-            scratch = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
-            short = False
-            try:
-                seed_draws(self.recipe.seed, self.stage.index, "canary")
-                with self.accelerator.autocast(), self.shortcut.replaying():
-                    canary(self.model, scratch, partial(self._tried, indices, batch), self.stage.name)
-            except torch.OutOfMemoryError:
-                short = True
-            del scratch
-            if not any(gather_object([short])):
-                return
-            gc.collect()
-            torch.cuda.empty_cache()
-            if self.batching.micro == 1:
-                raise RunError(f"stage `{self.stage.name}`: one example alone doesn't fit the device's memory")
-            self.batching = self.batching.halved()
 
     def tried(self, indices: Sequence[int], batch: Batch) -> torch.Tensor:
         """The loss of some examples on the model as it is, without DDP's hooks."""
