@@ -7,7 +7,6 @@ Data order, dropout and learning rate are functions of (seed, stage, step, micro
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
