@@ -127,32 +127,36 @@ def _scores(run: Judged, metric: Metric, other: Judged | None = None) -> _Scores
 
 def _bootstrap(runs: Sequence[_Scores], metric: Metric, seed: int, what: str) -> Interval:
     draw = np.random.default_rng(stable_seed(seed, "bootstrap", what))
-    right = [_right(run, metric) for run in runs]
-
-    def sample() -> float:
-        turns = draw.integers(len(runs), size=len(runs))
-        if metric.cheap:
-            return _mean([_drawn(right[turn], draw) for turn in turns])
-        return _compute([_drawn_rows(runs[turn], draw) for turn in turns], metric)
-
-    point = _mean(right) if metric.cheap else _compute(runs, metric)
-    drawn = np.array([sample() for _ in range(DRAWS if metric.cheap else DRAWS // 10)])
+    if metric.cheap:
+        right = [_right(run, metric) for run in runs]
+        point = float(np.concatenate(right).mean())
+        drawn = _resampled(right, draw)
+    else:
+        point = _compute(runs, metric)
+        turns = draw.integers(len(runs), size=(DRAWS // 10, len(runs)))
+        drawn = np.array([_compute([_drawn_rows(runs[each], draw) for each in turn], metric) for turn in turns])
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(point, float(low), float(high), float(drawn.std(ddof=1)), sum(len(run.rows) for run in runs))
+
+
+def _resampled(right: Sequence[np.ndarray], draw: np.random.Generator) -> np.ndarray:
+    """Means of resamples (draws,): runs are drawn, and of each its rows, whose values are -1, 0 and 1."""
+    count = len(right)
+    turns = draw.integers(count, size=(DRAWS, count))
+    sums = np.empty((count, DRAWS, count))
+    for index, values in enumerate(right):
+        shares = [(values < 0).mean(), (values == 0).mean(), (values > 0).mean()]
+        worse, _, better = np.moveaxis(draw.multinomial(len(values), shares, size=(DRAWS, count)), -1, 0)
+        sums[index] = better - worse
+    sizes = np.array([len(values) for values in right])
+    taken = np.take_along_axis(sums, turns[None], axis=0)[0] if count > 1 else sums[0]
+    return taken.sum(1) / sizes[turns].sum(1)
 
 
 def _right(run: _Scores, metric: Metric) -> np.ndarray:
     truth = metric.labels[run.rows]
     right = (run.predicted == truth).astype(float)
     return right if run.other is None else right - (run.other == truth)
-
-
-def _mean(parts: Sequence[np.ndarray]) -> float:
-    return float(sum(part.sum() for part in parts) / sum(len(part) for part in parts))
-
-
-def _drawn(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    return values[draw.integers(len(values), size=len(values))]
 
 
 def _drawn_rows(run: _Scores, draw: np.random.Generator) -> _Scores:
