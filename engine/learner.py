@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import adapters, freezing, models, optim, shards, shortage
 from engine.batches import Batching
+from engine.batchnorm import Statistics
 from engine.data import Encoded, Split
 from engine.errors import PlanError, Problem
 from engine.plan import Stage
@@ -89,6 +90,7 @@ class Learner:
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self.shortcut = self._shortcut(ahead)
         self.shortcut.train_mode()
+        self.statistics = Statistics(self.model)
         self._wrap()
         if stage.moments == "drop":
             self.moments = {name: kept for name, kept in self.moments.items() if name in names}
@@ -192,6 +194,7 @@ class Learner:
         optim.set_rates(self.optimizer, self.share(step))
         before = self.loss_sum, self.weight_sum
         while True:
+            self.statistics.begin()
             short = self._descend(step)
             limit = self.recipe.training.max_grad_norm or math.inf
             norm = math.nan if short else float(self.accelerator.clip_grad_norm_(self.parameters, limit))
@@ -203,6 +206,7 @@ class Learner:
                 raise alike(self.accelerator, f"{what}; lower the learning rate or look at the data")
             self.optimizer.zero_grad(set_to_none=True)
             self.loss_sum, self.weight_sum = before
+        self.statistics.end(self.accelerator)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -218,7 +222,8 @@ class Learner:
         for turn, (micro, batch, weight) in enumerate(zip(share, batches, weights, strict=True)):
             seed_draws(self.recipe.seed, self.stage.index, step, micro.number)
             last = turn == len(share) - 1
-            reached = self._taken(micro.indices, batch, weight, total, last)
+            with self.statistics.taking(micro.counts):
+                reached = self._taken(micro.indices, batch, weight, total, last)
             if reached != "end":
                 shortage.join(self, micro.indices[:1], summed=last and reached == "backward")
                 return True

@@ -23,7 +23,7 @@ FLOORS = """
 1 recipe schema source reading wording load
 2 openings plan layers forecast units answers advice points curve search thrift supervise
 3 memory speed processes freezing tracing pricing outlining models origins selection split streaming data batches optim media
-3 mediafolders trust vocabulary replay capturing frostline store prefix shortcut durable checkpoint proof reference shards
+3 batchnorm mediafolders trust vocabulary replay capturing frostline store prefix shortcut durable checkpoint proof reference shards
 4 apart folder judging shortage learner position train start screen signals advise sweep sweeppage report export
 4 bench trials passes readings ladder advised advicepage sayings telling regret planting scorecard selftest
 4 picture charts comparison movement listing drafting importing
