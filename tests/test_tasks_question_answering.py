@@ -161,6 +161,14 @@ def test_answers_are_refused(tmp_path: Path, answers: Any, said: str) -> None:
     assert said in sentence
 
 
+def test_a_model_that_knew_three_classes_gets_a_start_and_an_end(tmp_path: Path) -> None:
+    """As one that was fine-tuned to tell contradictions does: its config says three labels."""
+    root = place(tmp_path, tiny.bert(3), rows(16), rows(20)[16:])
+    drafted = draft(root, task=TASK | {"stride": 4})
+    (head,) = [one for one in drafted.outline.parameters if one.name == "qa_outputs.bias"]
+    assert head.shape == (2,)
+
+
 def test_smoothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="the loss of question-answering has no classes to smooth"):
         run(home(tmp_path), task=TASK, training={"label_smoothing_factor": 0.1})

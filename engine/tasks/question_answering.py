@@ -54,7 +54,8 @@ class QuestionAnswering(Task):
         answers = tables["train"].columns["answers"].to_pylist()
         without = sum(not row["text"] for row in answers)
         note = f"{without:,} of {len(answers):,} training questions have no answer in their context"
-        return Facts(form=SOME_UNANSWERED if without else "", notes=(note,) if without else ())
+        settings = {"num_labels": 2}  # a start and an end, however many classes the checkpoint knew
+        return Facts(form=SOME_UNANSWERED if without else "", notes=(note,) if without else (), settings=settings)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], processor: Any, facts: Facts) -> dict[str, list[Any]]:
         texts.need_fast(processor, "an answer's place")
