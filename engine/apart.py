@@ -79,7 +79,8 @@ def code(model: Model, auto: str, names: Sequence[str], folder: str) -> str:
     """The lines of Python that put the adapters in a folder and the model they are for together again."""
     hub = not model.path.startswith((PREFIX, ".", "/"))
     where = "" if hub else "  # the folder that the recipe means by this"
-    revision = f", revision={model.revision!r}" if model.revision else ""
+    named = {"revision": model.revision, "gguf_file": model.gguf_file}
+    more = "".join(f", {key}={value!r}" for key, value in named.items() if value)
     lines = [
         "from peft import PeftModel",
         "from safetensors.torch import load_file",
@@ -87,7 +88,7 @@ def code(model: Model, auto: str, names: Sequence[str], folder: str) -> str:
         "",
         f"base = {model.path!r}{where}",
         f"model = {auto}.from_pretrained(base, config=AutoConfig.from_pretrained({folder!r}),",
-        f'    dtype="{model.dtype}", ignore_mismatched_sizes=True{revision})',
+        f'    dtype="{model.dtype}", ignore_mismatched_sizes=True{more})',
         f"model.load_state_dict(load_file({f'{folder}/{WEIGHTS}'!r}), strict=False)",
         *_loading(names, folder),
         "model.eval()",

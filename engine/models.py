@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from engine import trust, vocabulary
+from engine import packed, trust, vocabulary
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
@@ -84,10 +84,12 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
         settings["problem_type"] = facts.problem
     place, revision = source(recipe.model, root), recipe.model.revision
     with _said_plainly(recipe.model):
-        written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision)
+        packs = packed.file(recipe.model, place)
+        written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision, **packs)
         trust.refuse_config(recipe.model, written)
         _refuse_timm(recipe.model, written)
-        made = transformers.AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **settings)
+        how = {"revision": revision, "trust_remote_code": False, **packs}
+        made = transformers.AutoConfig.from_pretrained(place, **how, **settings)
         trust.refuse_parts(recipe.model, made)
     return made
 
@@ -109,12 +111,13 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
 
     With the model or its skeleton, a tokenizer's limit is brought down to the positions that the model has.
     """
-    kind = getattr(transformers, recipe.task.processor)
+    kind, place = getattr(transformers, recipe.task.processor), source(recipe.model, root)
     with _said_plainly(recipe.model):
         made = kind.from_pretrained(
-            source(recipe.model, root),
+            place,
             revision=recipe.model.revision,
             trust_remote_code=False,
+            **packed.written(recipe.model, place, trust.has(recipe.model, place, "tokenizer.json")),
             **recipe.task.processor_settings,
         )
     tokenizer = getattr(made, "tokenizer", made)
@@ -176,12 +179,14 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: 
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # a head of another size is a new head, and told of below
             output_loading_info=True,
+            **packed.weights(recipe.model, place),
             **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
         )
+    unpacked = packed.forget(recipe.model, model)
     recipe.task.trim(model)
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched} & {name for name, _ in model.named_parameters()})
-    notes = [*padded, *vocabulary.grow(model, tokenizer, recipe), *_mended(model)]
+    notes = [*unpacked, *padded, *vocabulary.grow(model, tokenizer, recipe), *_mended(model)]
     notes += [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint have no place in this model")

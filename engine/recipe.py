@@ -52,6 +52,8 @@ class Model(Part):
     """A model of the Hub, a local folder, or `package:NAME/PATH` for one that an installed Python package carries."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    gguf_file: str | None = None
+    """Name of a GGUF file there, whose weights are unpacked as they are read."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights in memory; what trains is always float32."""
     attn_implementation: str | None = None

@@ -86,6 +86,11 @@ def refuse_weights(model: Model, place: str) -> None:
             raise _refusal(model, what, "save it anew with `save_pretrained`")
 
 
+def has(model: Model, place: str, name: str) -> bool:
+    """Whether a checkpoint has a file; looked for only where it makes a difference, beside a GGUF file."""
+    return model.gguf_file is not None and _paper(model, place, name) is not None
+
+
 def _paper(model: Model, place: str, name: str) -> str | None:
     """A file of a checkpoint if there is one: of its folder, of the cache, or of the Hub."""
     from transformers.utils import cached_file
