@@ -144,7 +144,8 @@ class Rows(Learner):
 
     def _indices(self, step: int) -> np.ndarray:
         size = self.recipe.batch_size
-        epoch, place = divmod(step, -(-len(self.chosen) // size))
+        # Full batches only: a rest of one row is more than BatchNorm can bear, and the next epoch leaves out others.
+        epoch, place = divmod(step, max(1, len(self.chosen) // size))
         if epoch != self.epoch:
             lengths = self.data.train.lengths
             lengths = None if lengths is None else lengths[self.chosen]
