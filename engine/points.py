@@ -201,16 +201,16 @@ def depth_points(
 def timing_point(base: Base, depth: Opened) -> Point:
     """A short run of a depth, to see what a step takes."""
     rate = base.rates[0] if depth.patterns else base.rates[2]
-    stage = _body(base, depth, rate) | {"steps": TIMED}
-    stage.pop("epochs", None)
-    words = (*_common(base, depth), _stages([stage]), "training.logging_steps=2", f"evaluation.eval_steps={TIMED}")
+    first = [_lasting(_head(base), 1)] if base.new_head and depth.patterns else []
+    stages = [*first, _lasting(_body(base, depth, rate), TIMED)]
+    words = (*_common(base, depth), _stages(stages), "training.logging_steps=2", f"evaluation.eval_steps={TIMED}")
     return Point(f"timing-{depth.name}", (Variant("", words),))
 
 
 def _variant(base: Base, depth: Opened, rate: float, steps: Mapping[str, int] | None) -> Variant:
     body, words = _body(base, depth, rate), _common(base, depth)
     if steps:
-        body = {key: value for key, value in body.items() if key != "epochs"} | {"steps": steps[depth.name]}
+        body = _lasting(body, steps[depth.name])
         words = (*words, f"evaluation.eval_steps={-(-steps[depth.name] // max(1, evaluations(base)))}")
     first = [_head(base)] if base.new_head and depth.patterns else []
     return Variant(f"lr{rate:g}" + (f"-{steps[depth.name]}steps" if steps else ""), (*words, _stages([*first, body])))
@@ -260,6 +260,10 @@ def _head(base: Base) -> dict[str, Any]:
     kept = base.head.model_dump(exclude_defaults=True, mode="json")
     stage = {key: value for key, value in kept.items() if key not in {"freeze", "unfreeze", "adapters", "then"}}
     return stage | {"name": HEAD, "learning_rate": base.rates[2]}
+
+
+def _lasting(stage: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key != "epochs"} | {"steps": steps}
 
 
 def _plain(entry: StageEntry, keys: Iterable[str]) -> dict[str, Any]:
