@@ -152,15 +152,14 @@ class Writer:
         durable.write(self.staging / HEADER, sealed)
         (self.staging / CLAIM).unlink()
         durable.sync(self.staging)
-        with suppress(OSError):  # the name is taken
-            os.rename(self.staging, self.folder / self.name)
-            durable.sync(self.folder)
-        store = Store.open(self.folder, self.name)
-        if store is None:
-            raise RunError(
-                f"{self.folder}: a cache that was just written can't be read back; mend the disk", ENVIRONMENT
-            )
-        return store
+        for _ in range(3):
+            with suppress(OSError):  # the name is taken, or it has been given before
+                os.rename(self.staging, self.folder / self.name)
+                durable.sync(self.folder)
+            if store := Store.open(self.folder, self.name):
+                return store  # a damaged one has been taken away, and the name is free
+        lost = f"{self.folder}: what was just written there is gone or can't be read back"
+        raise RunError(f"{lost}; if nobody has cleared the cache meanwhile, mend the disk", ENVIRONMENT)
 
 
 class Store:
@@ -180,6 +179,10 @@ class Store:
         """The store of that name, every byte of it checked, or None: one that is damaged is taken away."""
         path = folder / name
         try:
+            seen = _which(path)
+        except OSError:
+            return None  # a writer may be about to give it its name: there is nothing to take away
+        try:
             header = _header(path, name)
             for file, expected in header["files"].items():
                 if durable.fingerprint(path / file) != expected:
@@ -187,7 +190,7 @@ class Store:
             store = cls(path, header)
             os.utime(path / HEADER)  # last used
         except (DamagedError, OSError, RuntimeError, ValueError, KeyError, TypeError):
-            _take_away(path)
+            _take_away(path, seen)
             return None
         return store
 
@@ -351,10 +354,17 @@ def _last_used(path: Path) -> float:
     return 0.0
 
 
-def _take_away(path: Path) -> int:
+def _which(path: Path) -> tuple[int, int]:
+    """What tells a folder from another that has had its name; the time as well, for inodes are given again."""
+    found = path.lstat()
+    return found.st_ino, found.st_ctime_ns
+
+
+def _take_away(path: Path, seen: tuple[int, int] | None = None) -> int:
+    """Take a store away, or only the very one that was `seen`: another may have its name by now."""
     size = usage(path)
-    if path.exists():
-        with suppress(OSError):  # another process was first
+    with suppress(OSError):  # another process was first
+        if seen in (None, _which(path)):
             durable.retire(path)
             return size
     return 0

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from engine import store
+from engine import durable, store
 from engine.errors import RunError
 from engine.store import DTYPES, Dtype, Store, TooLargeError, Writer, padded
 
@@ -162,6 +162,39 @@ def test_usage_eviction_and_clearing(tmp_path: Path):
     assert torch.equal(kept.row(0, 0), rows()[0][0])  # a reader goes on reading
     assert store.clear(tmp_path / "s") == pytest.approx(each, abs=50)
     assert store.usage(tmp_path / "s") == 0
+
+
+def test_one_that_is_missing_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its writer may give it its name at this very moment."""
+    monkeypatch.setattr("engine.store._take_away", lambda *_: pytest.fail("there was nothing to take away"))
+    assert Store.open(tmp_path, "a") is None
+
+
+def test_a_damaged_one_is_taken_away_and_not_the_one_that_has_replaced_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    expected = written(tmp_path)
+    fingerprint = durable.fingerprint
+
+    def replaced(path: Path) -> dict[str, object]:
+        monkeypatch.setattr(durable, "fingerprint", fingerprint)
+        durable.retire(tmp_path / "a")
+        written(tmp_path)
+        return {"size": 0, "sha256": ""}
+
+    monkeypatch.setattr(durable, "fingerprint", replaced)
+    assert Store.open(tmp_path, "a") is None
+    found = Store.open(tmp_path, "a")
+    assert found is not None
+    assert torch.equal(found.row(0, 3), expected[3][0])
+
+
+def test_a_damaged_winner_of_a_race_is_replaced(tmp_path: Path):
+    with Writer(tmp_path, "a", ["cut"], 1) as slow:
+        slow.put(0, [torch.ones(2)])
+        written(tmp_path)
+        (tmp_path / "a" / "header.json").write_text("{}")
+        assert torch.equal(slow.publish().row(0, 0), torch.ones(2))
 
 
 def test_a_lost_race_ends_with_the_winners_store(tmp_path: Path):
