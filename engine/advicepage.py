@@ -192,7 +192,7 @@ def gain_panel(advice: Advice) -> Panel | None:
                 ends[0],
                 round(ends[1] - ends[0], 2),
                 style,
-                f"{found[name]:+.2f}",
+                f"{found[name]:+.2g}",
             )
         )
     return Panel(

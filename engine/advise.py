@@ -14,7 +14,7 @@ from pathlib import Path
 from engine import advicepage, advised, bench, durable, ladder, start, store
 from engine.advice import Advice, Rung
 from engine.budget import Budget, Clock
-from engine.errors import REFUSED, RunError
+from engine.errors import REFUSED, STOPPED, RunError
 from engine.load import Loaded
 from engine.processes import asked_to_stop, launched
 
@@ -51,6 +51,8 @@ def advise(
             yield rung
             write(climbing.advice, gathered, loaded, folder)
         yield climbing.advice
+        if clock.stopped:
+            raise RunError("stopped as asked; the answer is the best that was found until then", STOPPED)
 
 
 def write(advice: Advice, gathered: bench.Bench, loaded: Loaded, folder: Path) -> None:

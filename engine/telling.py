@@ -50,6 +50,9 @@ def show(console: Console, advice: Advice, folder: Path) -> None:
     for line in advice.notes:
         console.print(f"[dim]{escape(clean(line))}[/]", highlight=False)
     console.print(f"[dim]Spent {advice.spent:.0f} s of {advice.budget}.[/]", highlight=False)
+    if advice.verdict is None:
+        console.print("There was no time to measure anything that answers; give it a larger --budget.")
+        return
     console.print(
         f"{folder / 'advice.html'}\n{folder / f'{advice.recipe}.advised.yaml'}", highlight=False, soft_wrap=True
     )
