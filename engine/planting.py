@@ -105,14 +105,16 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 def pretrained(kind: str, to: Path) -> Path:
     """A small ResNet or ViT that tells ten digits apart; trained on `SOURCE` of them unless it is there already."""
     import torch
+    import transformers
     from PIL import Image
-    from transformers import ViTImageProcessorPil
 
     if to.exists():
         return to
     torch.manual_seed(stable_seed("pretraining", kind))
     model = _small(kind)
-    processor: Any = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    # without torchvision the plain name is a stand-in that warns
+    prepares = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    processor: Any = prepares(size={"height": SIDE, "width": SIDE})
     pictures, shown = digits()
     images = [Image.fromarray(picture).convert("RGB") for picture in pictures[:SOURCE]]
     pixels, labels = processor(images=images, return_tensors="pt")["pixel_values"], torch.tensor(shown[:SOURCE])

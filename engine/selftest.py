@@ -34,6 +34,10 @@ PICTURES = {"digits-resnet": ("resnet", "invert"), "digits-vit": ("vit", "mix")}
 """Sets of pictures that are made here: a small model, and the shift it meets."""
 
 
+ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""What a case's process is told: one thread, no network, no GPU."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all cases share."""
@@ -147,9 +151,8 @@ def run_all(wanted: Sequence[str], settings: Settings, jobs: int, out: Path) -> 
 def _process(case: str, settings: Settings, out: Path) -> str:
     began = time.perf_counter()
     asked = json.dumps({**vars(settings), "sets": {k: str(v) for k, v in settings.sets.items()}}, default=str)
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "engine.selftest", case, asked, str(out.resolve())]
-    ended = subprocess.run(command, env=alone, capture_output=True, text=True, cwd=os.getcwd())
+    ended = subprocess.run(command, env={**os.environ, **ALONE}, capture_output=True, text=True, cwd=os.getcwd())
     last = (ended.stdout if not ended.returncode else ended.stderr).strip().splitlines()[-1:] or ["nothing was said"]
     if ended.returncode:
         add(out, {"case": case, "error": last[0]})
@@ -222,6 +225,7 @@ def _shift(place: Path, settings: Settings, kind: str, shift: str, draw: str) ->
 
 def _ranked(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) -> dict[str, Any]:
     """The ladder up to short runs, over single units alone."""
+    from engine.answers import value
     from engine.units import EVERYTHING
 
     ladder = _ladder(place, recipe, settings, seed)
@@ -245,7 +249,7 @@ def _ranked(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) 
         "drop": max(drops, key=lambda name: drops[name], default=None),
         "last": layers[-1] if layers else None,
         "folds": max((len(runs) for name, runs in advice.short.items() if name != "head"), default=0),
-        "head_accuracy": _head_accuracy(ladder),
+        "head_accuracy": value(advice.short["head"], ladder.metric).mean,
         "need": advice.verdict.need if advice.verdict else None,
         "chosen": advice.verdict.chosen if advice.verdict else None,
         "agreement": advice.agreement,
@@ -257,12 +261,6 @@ def _gains(advice: Any) -> dict[str, float]:
     from engine.answers import gains
 
     return {name: round(gain, 6) for name, gain in gains(advice.short).items()}
-
-
-def _head_accuracy(ladder: Any) -> float:
-    from engine.answers import value
-
-    return value(ladder.advice.short["head"], ladder.metric).mean
 
 
 def _ladder(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) -> Any:
