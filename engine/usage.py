@@ -102,7 +102,7 @@ def _lines(*lines: str) -> str:
 
 
 def _images(kind: str) -> list[str]:
-    return ["from PIL import Image"] if kind.startswith("image") else []
+    return ["from PIL import Image"] if kind.startswith(("image", "object")) else []
 
 
 def _asked(task: Task, kind: str, members: int) -> str:
