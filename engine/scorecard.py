@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from math import erf, sqrt
+from math import ceil, erf, sqrt
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ Line = Mapping[str, Any]
 STRONG = 1.5
 """Noise, in a matrix's own deviations, from which damage is called strong."""
 MIN_GAIN = 0.005
+WHO = ("advice", "one-seed sweep", "always head", "top quarter", "everything", "any")
+"""Those who pick a candidate; `any` is what a random one is worth."""
 ORDERS = ("cross_half_gain", "gsnr", "auto_rgn", "fim", "spectrum", "kappa")
 
 
@@ -113,22 +115,22 @@ def _real(truths: Sequence[Line], advices: Sequence[Line]) -> Iterator[str]:
     known = {name: _truth([line for line in truths if line["set"] == name]) for name in names}
     yield "### Real rows: regret in points of test accuracy, cross-fitted"
     yield ""
-    yield "| set | frozen | best | advice | one-seed sweep | always head | top quarter | everything | any | cost |"
+    yield f"| set | frozen | best | {' | '.join(WHO)} | cost |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     totals: dict[str, list[float]] = defaultdict(list)
     for name in names:
         truth, swept = known[name], [line for line in truths if line["set"] == name]
         told = [line for line in advices if line["set"] == name and line["chosen"] in truth]
         best = max(truth, key=lambda each: regret.accuracy(truth, each))
-        picks = {
-            "advice": [line["chosen"] for line in told],
-            "sweep": [_swept(line) for line in swept],
-            "head": ["head"],
-            "quarter": [_quarter(truth)],
-            "everything": ["everything"],
-            "any": list(truth),
-        }
-        found = {who: regret.regret(truth, each) if each else None for who, each in picks.items()}
+        picks = (
+            [line["chosen"] for line in told],
+            [_swept(line) for line in swept],
+            ["head"],
+            [_quarter(truth)],
+            ["everything"],
+            list(truth),
+        )
+        found = {who: regret.regret(truth, each) if each else None for who, each in zip(WHO, picks, strict=True)}
         for who, each in found.items():
             if each:
                 totals[who].append(each.mean)
@@ -138,7 +140,8 @@ def _real(truths: Sequence[Line], advices: Sequence[Line]) -> Iterator[str]:
             + " | ".join(_points(each) for each in found.values())
             + f" | {'-' if cost is None else f'{cost:.0%}'} |"
         )
-    yield "| mean | | | " + " | ".join(f"{100 * np.mean(each):+.1f}" for each in totals.values()) + " | |"
+    means = (f"{100 * np.mean(totals[who]):+.1f}" if totals[who] else "-" for who in WHO)
+    yield "| mean | | | " + " | ".join(means) + " | |"
     yield ""
     yield from _intervals(advices, known)
 
@@ -182,8 +185,9 @@ def _swept(line: Line) -> str:
 
 
 def _quarter(truth: regret.Truth) -> str:
-    tops = [name for name in truth if name.startswith("top ")]
-    return tops[0] if tops else "all blocks"
+    blocks = sum(name.startswith("block ") and "+" not in name for name in truth)
+    count = ceil(blocks / 4)
+    return f"top {count}" if count > 1 else f"block {blocks - 1}"
 
 
 def _points(found: regret.Regret | None) -> str:
