@@ -34,6 +34,16 @@ def test_there_are_recipes() -> None:
     assert "trec" in {path.stem for path in RECIPES}
 
 
+def test_the_page_about_recipes_is_current() -> None:
+    """Every recipe names its source and says when to use it and when not; every key has its docstring."""
+    import handbook
+
+    text = handbook.text()
+    assert text == (ROOT / "recipes/README.md").read_text(encoding="utf-8"), "run `python scripts/handbook.py`"
+    assert all(f"]({path.name})" in text for path in RECIPES)
+    assert all(f"### {handbook.name_of(part)}" in text for part in (*handbook.TASKS, *handbook.SCHEDULES))
+
+
 def test_hooks_check_recipes_and_nothing_else() -> None:
     """What `.pre-commit-hooks.yaml` offers to other repositories."""
     hooks = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
