@@ -206,6 +206,7 @@ def init(
     from engine import drafting
 
     print(drafting.write(model, task, data, to))
+    print("next: {}, then {}".format(*drafting.following(model, data, to)), file=sys.stderr)
 
 
 @app.command("import")

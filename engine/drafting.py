@@ -1,4 +1,5 @@
-"""A first recipe for a model, a task and data: commented, checked, and meant to be edited. It reads none of the three.
+"""A first recipe for a model, a task and data: commented, checked, and meant to be edited. Of the data it reads the
+names of a local file's columns, and of the model nothing.
 
 What it proposes is what holds for most: a new head first, then the upper blocks; where nothing is new, LoRA on the
 upper blocks. Which layers are worth it for these very data is for `frostline advise` to measure.
@@ -6,12 +7,16 @@ upper blocks. Which layers are worth it for these very data is for `frostline ad
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.errors import Problem, RecipeError
 from engine.load import load
+from engine.source import clean
 from engine.tasks import TASKS, Task
 
 FILES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -65,16 +70,51 @@ def write(model: str, task: str, data: str, to: Path) -> Path:
 def draft(model: str, task: type[Task], data: str, to: Path) -> str:
     """The text of a first recipe."""
     how = HEAD_FIRST if task.new_head else ADAPTERS
+    look, train = following(model, data, to)
     lines = [
-        f"# Made by `frostline init`. Look at it with `frostline plan {to}`, train it with `frostline run {to}`.",
+        f"# Made by `frostline init`. Look at it with `{clean(look)}`, train it with `{clean(train)}`.",
         "",
         f"model: {_quoted(model)}",
         f"task: {_name(task)}{_keys(task)}",
-        *_data(data),
-        *_columns(task),
+        *_data(_within(model, data)[0]),
+        *_columns(task, _header(Path(data))),
         "\n",
     ]
     return "\n".join(lines) + how + TRAINING
+
+
+def following(model: str, data: str, to: Path) -> tuple[str, str]:
+    """The two commands that come next: look at the plan, train."""
+    root = _within(model, data)[1]
+    more = f" --data-root {shlex.quote(root)}" if root else ""
+    return f"frostline plan {shlex.quote(str(to))}{more}", f"frostline run {shlex.quote(str(to))}{more}"
+
+
+def _within(model: str, data: str) -> tuple[str, str]:
+    """How a recipe names data, and their root where it isn't the folder that commands are given in."""
+    try:
+        place = Path(data)
+        inside = not place.exists() or place.resolve().is_relative_to(Path.cwd())
+        if inside or Path(model).exists():
+            return data, ""
+        return place.name, str(place.parent)
+    except (OSError, ValueError):  # too long for a path, or with a null character: then it is none
+        return data, ""
+
+
+def _header(data: Path) -> list[str]:
+    """The names of the columns of a local file of text; none where they can't be told."""
+    try:
+        with data.open(encoding="utf-8-sig", newline="") as file:
+            line = file.readline(2**16)
+        if data.suffix.lower() in (".json", ".jsonl"):
+            row = json.loads(line)
+            return [str(name) for name in row] if isinstance(row, Mapping) else []
+        if data.suffix.lower() not in (".csv", ".tsv"):
+            return []
+        return next(csv.reader([line], delimiter=max(",;\t|", key=line.count)), [])
+    except (OSError, ValueError, RecursionError, csv.Error):
+        return []
 
 
 def _task(name: str) -> type[Task]:
@@ -108,11 +148,25 @@ def _data(data: str) -> list[str]:
     return ["data:", f"  path: {builder}", f"  data_files: {{train: {_quoted(data)}}}", splits]
 
 
-def _columns(task: type[Task]) -> list[str]:
-    """A line on the columns that the task looks for."""
-    looked = ", ".join(f"{name}: {name}" for name in task.columns if name not in task.optional)
-    named = looked or ", ".join(f"{name}: {name}" for name in list(task.columns)[:2])
-    return [f"  # columns: {{{named}}}   # where yours have other names than the usual ones"]
+def _columns(task: type[Task], there: Sequence[str]) -> list[str]:
+    """A line on the task's columns: a key where one is missing and one of yours is left over, else a comment."""
+    wanted = [name for name in task.columns if name not in task.optional] or list(task.columns)[:2]
+    found: dict[str, str] = {}
+    for name, accepted in task.columns.items():
+        free = (column for column in accepted if column in there and column not in found.values())
+        if column := next(free, None):
+            found[name] = column
+    missing = [name for name in wanted if name not in found]
+    rest = [column for column in there if column not in found.values()]
+    if len(missing) == len(rest) == 1:
+        found[missing[0]] = rest[0]
+        named = ", ".join(f"{name}: {_quoted(found[name])}" for name in wanted)
+        return [f"  columns: {{{named}}}"]
+    shown = ", ".join(f"{name}: {name}" for name in wanted)
+    theirs = (
+        f"yours are {clean(', '.join(there[:12]))[:200]}" if there else "where yours have other names than the usual"
+    )
+    return [f"  # columns: {{{shown}}}   # {theirs}"]
 
 
 def _quoted(text: str) -> str:

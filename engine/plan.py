@@ -202,7 +202,8 @@ def _stage(
         steps_per_epoch=per_epoch,
         lr_scheduler_type=entry.lr_scheduler_type or training.lr_scheduler_type,
         lr_scheduler_kwargs=training.lr_scheduler_kwargs,
-        warmup_steps=ceil(warmup * steps) if warmup < 1 else int(warmup),
+        # A share leaves at least the last step out of the warm-up: a stage of one step would train at a rate of 0.
+        warmup_steps=min(ceil(warmup * steps), steps - 1) if warmup < 1 else int(warmup),
         early_stopping=entry.early_stopping,
         restore_best=entry.restore_best,
         moments=entry.moments,
