@@ -29,6 +29,11 @@ STAGES = [
 SHORT = {"stages": STAGES, "cache": "off"}
 
 
+def slow(*values: object) -> list[object]:
+    """Values of a parameter that only the long tests go through."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two stages."""
@@ -67,7 +72,7 @@ def sentence(root: Path) -> str:
     return said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("which", [signal.SIGTERM, *slow(signal.SIGINT, signal.SIGHUP)])
 def test_a_signal_ends_a_run_after_its_step(root: Path, whole: Path, which: signal.Signals):
     assert staged.run(root, plant=staged.signal_at(5, which)) == [143]
     assert sentence(root) == "stopped as asked at stage `top`, step 2 of 5; the same command goes on from there"
@@ -129,7 +134,7 @@ def limit_files(size: int) -> Callable[[], None]:
     return act
 
 
-@pytest.mark.parametrize("size", [0, 100, 2_000, 8_000, 40_000])
+@pytest.mark.parametrize("size", [0, 2_000, *slow(100, 8_000, 40_000)])
 def test_a_full_disk(root: Path, whole: Path, size: int):
     """While a record is written, a checkpoint, or the saved model; what was there stays, and the run goes on later."""
     code = staged.run(root, plant=staged.at_step(5, limit_files(size)))
@@ -274,7 +279,7 @@ def test_stages_that_have_not_begun_may_change(cut: Path):
     assert [event["stage"] for event in staged.history(cut) if event["event"] == "stage_ended"][-1] == "more"
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("split", ["train", *slow("validation")])
 def test_changed_rows_are_refused(cut: Path, split: str):
     path = cut / f"rows/{split}.jsonl"
     path.write_text(path.read_text().replace("film", "plot", 1))
@@ -298,7 +303,7 @@ def never_unfinite(root: Path) -> bool:
     return bool(files) and all(torch.isfinite(each).all() for file in files for each in load_file(file).values())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [*slow(1), 2])
 def test_a_gradient_that_is_no_number(root: Path, whole: Path, ranks: int):
     """On one of the devices: all of them stop in the same step, and nothing of it is kept."""
 

@@ -48,7 +48,7 @@ def test_a_run_tells_every_step_once(whole: Path):
     assert moved[0]["still"] > 0
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("which", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_cut_off_in_every_step_of_every_stage(whole: Path, tmp_path: Path, which: signal.Signals):
     """One run, cut off again and again: a polite signal after each step, a kill in each step after the first."""
     root = fresh(whole, tmp_path, training={**staged.RECIPE["training"], "save_steps": 1})
