@@ -59,7 +59,7 @@ def launched() -> Accelerator:
         sentence = f"the launcher started {asked} processes and accelerate counts {accelerator.num_processes}"
         raise RunError(f"{sentence}; on CPUs use `accelerate launch --multi_gpu --num_processes {asked}`", REFUSED)
     if _wanted("FSDP") and not accelerator.is_fsdp2:
-        sentence = "accelerate spreads a model over accelerators, and there are none here: it would not do it"
+        sentence = "accelerate would train without FSDP here, for that takes several accelerators"
         raise alike(accelerator, f"{sentence}; leave `--use_fsdp` out", REFUSED)
     with _meeting():
         _waiting[:] = [distributed.new_group(backend="gloo", timeout=TIMEOUT)] if distributed.is_initialized() else []

@@ -95,9 +95,8 @@ def told(root: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in event.items() if key not in varies} for event in staged.history(root)]
 
 
-def test_two_short_stages(tmp_path: Path):
-    """Weights, then adapters that are merged."""
-    stages = [staged.STAGES[0] | {"steps": 2}, staged.STAGES[1] | {"steps": 2}]
+def test_a_short_stage_with_adapters(tmp_path: Path):
+    stages = [staged.STAGES[1] | {"steps": 2}]
     one = staged.place(tmp_path / "one", stages=stages)
     two = fresh(one, tmp_path / "two", stages=stages)
     assert staged.run(one) == [0]

@@ -11,7 +11,7 @@ import torch
 from engine import learner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-STAGES = [staged.STAGES[0] | {"steps": 2}, staged.STAGES[1] | {"steps": 3}]
+STAGES = [staged.STAGES[1] | {"steps": 3}]
 
 
 def out_of_memory(*_: object) -> torch.Tensor:
@@ -47,10 +47,10 @@ def place(root: Path) -> Path:
 
 
 def test_all_halve_where_one_runs_out(tmp_path: Path):
-    """In the stage with adapters: nobody waits for the one, and none of its rows are lost or taken twice."""
+    """Nobody waits for the one, and none of its rows are lost or taken twice."""
     one, two = place(tmp_path / "one"), place(tmp_path / "two")
-    assert staged.run(one, plant=staged.at_step(4, once_in_forward)) == [0], staged.said(one)
-    codes = staged.run(two, ranks=2, plant=staged.at_step(4, once_in_forward, rank=1))
+    assert staged.run(one, plant=staged.at_step(2, once_in_forward)) == [0], staged.said(one)
+    codes = staged.run(two, ranks=2, plant=staged.at_step(2, once_in_forward, rank=1))
     assert codes == [0, 0], staged.said(two) + staged.said(two, 1)
     told = "stage `lora`, step 2: the memory of a device ran out; from here on 8 examples a step = "
     assert f"{told}1 x 4 x 2" in staged.said(one)
@@ -62,7 +62,7 @@ def test_all_halve_where_one_runs_out(tmp_path: Path):
 @pytest.mark.slow
 def test_where_it_is_too_late_all_end_in_words(tmp_path: Path):
     root = place(tmp_path)
-    codes = staged.run(root, ranks=2, plant=staged.at_step(4, once_in_backward, rank=1))
+    codes = staged.run(root, ranks=2, plant=staged.at_step(2, once_in_backward, rank=1))
     assert codes == [3, 5], staged.said(root) + staged.said(root, 1)
     assert staged.said(root).splitlines()[-1].startswith("another process of this run is gone")
     said = staged.said(root, 1).splitlines()[-1]
@@ -80,5 +80,5 @@ def test_one_example_that_does_not_fit_is_told(tmp_path: Path):
         learner.Learner._loss = out_of_memory
 
     assert staged.run(root, ranks=2, plant=plant) == [5, 5]
-    assert staged.said(root).splitlines()[-1] == "stage `head`: one example alone doesn't fit the device's memory"
+    assert staged.said(root).splitlines()[-1] == "stage `lora`: one example alone doesn't fit the device's memory"
     assert staged.said(root, 1) == ""
