@@ -18,7 +18,7 @@ from torch import nn
 from engine import checkpoint, data, memory, models, optim, report, shards, speed, store
 from engine.batches import batching
 from engine.durable import lock
-from engine.errors import PlanError, Problem
+from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
 from engine.folder import RunFolder
 from engine.forecast import Sizes
 from engine.learner import Learner
@@ -199,6 +199,9 @@ def _position(
         return (found.path if found else None), skipped
 
     path, skipped = together(accelerator, look)
+    if not folder.path.exists():
+        what = f"{folder.path}: the first process writes there, and this one on another host doesn't see it"
+        raise RunError(f"{what}; give all hosts the same storage", ENVIRONMENT)
     if path is None:
         return Position(), skipped
     found = checkpoint.verify(path)

@@ -17,7 +17,7 @@ import accelerate
 import pytest
 import staged
 
-from engine import data, freezing, judging, learner, processes, train
+from engine import data, freezing, judging, learner, processes, start, train
 from engine.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -189,6 +189,20 @@ def test_a_failure_of_the_first_is_told_once(one: Path, tmp_path: Path):
     assert staged.run(root, ranks=2) == [2, 2]
     assert "train.jsonl" in staged.said(root) or "label" in staged.said(root)
     assert staged.said(root, 1) == ""
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_storage_are_told_at_the_start(one: Path, tmp_path: Path):
+    """Not when the run is to go on from a checkpoint that only one of them has."""
+
+    def plant(rank: int) -> None:
+        if rank == 1:
+            here = start.RunFolder
+            start.RunFolder = lambda path: here(path.with_name("elsewhere"))
+
+    root = fresh(one, tmp_path)
+    assert staged.run(root, ranks=2, plant=plant) == [3, 3], staged.said(root, 1)
+    assert staged.said(root, 1).splitlines()[-1].endswith("give all hosts the same storage")
 
 
 def test_what_trains_is_compared(one: Path, tmp_path: Path):
