@@ -146,4 +146,4 @@ def same(case: Case, folder: Path, accumulation: int, training: Mapping[str, Any
     assert len(mine) == len(reference) == EPOCHS * -(-case.size // BATCH)
     assert mine == pytest.approx(reference, abs=close)
     for (name, mine_), (_, theirs_) in zip(my_model.named_parameters(), their_model.named_parameters(), strict=True):
-        torch.testing.assert_close(mine_, theirs_, atol=2e-4, rtol=0, msg=name)
+        torch.testing.assert_close(mine_, theirs_, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
