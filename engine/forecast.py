@@ -18,6 +18,10 @@ CAPTURED = 64
 """Examples of one capturing forward pass."""
 WORTH = 0.1
 """Share of a forward pass that has to lie below the line for a replay."""
+LIBRARIES = 70_000_000
+"""Bytes of what is imported and made once when a model trains on a CPU: metrics, kernels, threads."""
+LEFT = 0.3
+"""Share of what comes and goes on a CPU that its allocator can't give to what comes next."""
 HELD_OUT = 0.1
 """Rows to judge by as a share of those to train on, where nobody has counted them."""
 
@@ -44,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device at a stage's peak; on a CPU they come on top of what the process takes by itself."""
+    """Bytes of a stage at its peak."""
 
     weights: int
     optimizer: int
@@ -57,6 +61,9 @@ class Memory:
     forward: int
     """What a forward pass that keeps nothing takes: to fill the cache, or to judge."""
     total: int
+    """On a GPU, as far as it is allocated; not all parts are needed at the same time."""
+    process: int
+    """On a CPU, on top of what the process takes before the model is loaded: libraries, copies and leftovers, too."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,31 @@ class Costs:
         passes = module.name != self.first
         return passes + (module.name in self.weights or (passes and module.name not in self.outline.owned))
 
-    def kept(self, tokens: int) -> float:
-        """Bytes of one example that the way back needs."""
-        return sum((m.price.keeps if m.name in self.keepers else m.price.passes).at(tokens) for m in self.above)
+    def kept(self, tokens: int, recomputed: bool = False, fused: bool = False) -> float:
+        """Bytes of one example that the way back needs.
+
+        `recomputed` where blocks keep only what they are given, `fused` where attention is computed in one go.
+        """
+        each = {m.name: self._keeps(m, tokens, fused) for m in self.above}
+        inside = {name: sum(size for m, size in each.items() if below(m, name)) for name in self.outline.blocks}
+        whole = sum(each.values())
+        if not recomputed or not any(inside.values()):
+            return whole
+        given = sum(4 * m.price.takes.at(tokens) for m in self.outline.modules if inside.get(m.name))
+        return whole - sum(inside.values()) + given + max(inside.values())
+
+    def _keeps(self, module: Module, tokens: int, fused: bool) -> float:
+        price = module.price
+        kept = (price.keeps if module.name in self.keepers else price.passes).at(tokens)
+        return kept if fused else kept + price.attention.at(tokens)
+
+    def recomputed(self, sizes: Sizes) -> float:
+        """FLOPs of computing the blocks above the line once more."""
+        return sum(_work(m, sizes) for m in self.above if any(below(m.name, block) for block in self.outline.blocks))
+
+    def turning(self, tokens: int) -> float:
+        """Bytes of one example in the largest moment of the way back, beside what was kept for it."""
+        return max((4 * (m.price.takes.at(tokens) + m.price.gives.at(tokens)) for m in self.above), default=0.0)
 
     def crossing(self, sizes: Sizes) -> float:
         """Elements that cross the line in an average example: what the first trainable module is given."""
@@ -144,7 +173,8 @@ def _work(module: Module, sizes: Sizes | None) -> float:
 def _moment(module: Module, tokens: int) -> float:
     """What one module is given, hands on and makes on its way: of that, attention keeps the most."""
     price = module.price
-    return 4 * (price.takes.at(tokens) + price.gives.at(tokens)) + price.passes.at(tokens)
+    attention = price.attention.at(tokens)
+    return 4 * (price.takes.at(tokens) + price.gives.at(tokens)) + price.passes.at(tokens) + attention
 
 
 def forecast(
@@ -156,7 +186,8 @@ def forecast(
     """
     replayed = _replayed(recipe, costs, sizes, steps, steps_per_epoch)
     rows = sizes.train / max(1, steps_per_epoch)  # of one step
-    step = rows * (costs.forward(sizes, replayed) + costs.backward(sizes))
+    again = costs.recomputed(sizes) * recipe.training.activation_checkpointing
+    step = rows * (costs.forward(sizes, replayed) + costs.backward(sizes) + again)
     judged = steps / (recipe.evaluation.eval_steps or steps_per_epoch) * sizes.validation
     captured = (sizes.train + sizes.validation) * (costs.forward(sizes) - costs.forward(sizes, True)) * replayed
     item = ITEM[recipe.cache.dtype]
@@ -184,15 +215,24 @@ def _memory(
     # What adapters of other stages take is little.
     frozen = costs.outline.size - sum(parameter.size for parameter in costs.trained if parameter.adapter is None)
     weights = 4 * size + ITEM[recipe.model.dtype] * frozen
-    batch = recipe.batch_size
-    micro = min(recipe.per_device_batch_size or batch, batch)
-    each = rows / batch  # an example may have several rows
-    activations = micro * each * costs.kept(sizes.longest)
+    micro = min(recipe.per_device_batch_size or recipe.batch_size, recipe.batch_size)
+    each = rows / recipe.batch_size  # an example may have several rows
+    again, turning = recipe.training.activation_checkpointing, micro * each * costs.turning(sizes.longest)
+    kept = [micro * each * costs.kept(sizes.longest, again, fused) for fused in (True, False)]
     judging = max(micro, 8) * each * costs.passing(sizes.longest, replayed)
     forward = max(judging, CAPTURED * costs.passing(sizes.longest) * replayed)
-    gradients, best = 4 * size, 4 * size * copied
-    # The stage is tried before it begins, with a copy of what trains. An allocator rarely gives the room of one part to
-    # another, so that what is never needed at the same time adds up all the same.
-    total = weights + optimizer + gradients + best + 4 * size + activations + forward
-    parts = (weights, optimizer, gradients, best, activations, forward, total)
+    gradients, best, adds = 4 * size, 4 * size * copied, recipe.batch_size > micro
+    # Gradients come as activations go, unless earlier micro-batches have left theirs. A trial step keeps a copy of what
+    # trains and has an optimizer of its own; the check of a replay has gradients twice.
+    device, host = (
+        max(
+            optimizer + max(held + turning + gradients * adds, gradients),
+            gradients + max(held + turning, gradients + optimizer),
+            2 * gradients,
+            optimizer + forward,
+        )
+        for held in kept
+    )
+    process = weights + host + best + LIBRARIES + LEFT * host
+    parts = (weights, optimizer, gradients, best, kept[0], forward, weights + device, process)
     return Memory(*(round(part) for part in parts))

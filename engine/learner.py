@@ -89,6 +89,8 @@ class Learner:
         self.stage, self.share = stage, optim.multiplier(stage)
         self.epoch, self.indices = -1, np.empty(0, dtype=np.int64)
         self.shortcut = self._shortcut(ahead)
+        if self.recipe.training.activation_checkpointing:
+            self.shortcut.recompute()
         self.shortcut.train_mode()
         self.statistics = Statistics(self.model)
         self._wrap()

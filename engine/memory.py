@@ -1,12 +1,10 @@
 """How much memory a run takes: of the device where it has its own, else of the process.
 
-It measures, and hands back what nobody uses; it knows no model.
+It measures and knows no model.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import resource
 import sys
 from contextlib import suppress
@@ -38,15 +36,6 @@ def restart(device: torch.device) -> None:
         return
     with suppress(OSError):  # Linux alone can, and not every container may
         (_PROCESS / "clear_refs").write_text("5")
-
-
-def give_back() -> None:
-    """Hand what the allocator keeps for later back to the system: one stage's leavings are no use to the next."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # glibc's own
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int:

@@ -46,6 +46,7 @@ KEYS: dict[str, str] = {
     "eps": "adam_epsilon",
     "epsilon": "adam_epsilon",
     "label_smoothing": "label_smoothing_factor",
+    "gradient_checkpointing": "activation_checkpointing",
     "layerwise_lr_decay": "layer_decay",
     "layer_lr_decay": "layer_decay",
     "llrd": "layer_decay",
@@ -172,7 +173,7 @@ _ANSWERS: dict[str, str] = {
         "gradient_accumulation_steps gradient_accumulation accumulation_steps accumulate_grad_batches"
     ),
     "memory is looked after by itself: a batch that doesn't fit is taken in smaller parts": (
-        "gradient_checkpointing activation_checkpointing use_cache auto_find_batch_size"
+        "use_cache auto_find_batch_size"
     ),
     "quantised weights can't be trained or merged here; use `model.dtype: bfloat16` to save memory": (
         "load_in_8bit load_in_4bit quantization_config quantization quantize"

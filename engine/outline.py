@@ -58,6 +58,8 @@ class Price:
     """Bytes that it keeps for the way back where its weights train."""
     passes: Amount = Amount()
     """Bytes that it keeps where gradients only pass through it."""
+    attention: Amount = Amount()
+    """Further bytes that attention keeps for the way back where no kernel computes it in one go, as on CPUs."""
 
 
 @dataclass(frozen=True)

@@ -62,20 +62,20 @@ def _read(model: nn.Module) -> Outline:
     )
     if not order:
         modules = tuple(replace(module, flops=_guess(model.get_submodule(module.name))) for module in modules)
-    blocks = tuple(_blocks(model))
-    head = tuple(_head(model, blocks))
-    embeddings = tuple(_embeddings(model, modules, blocks, head))
+    stack = tuple(blocks(model))
+    head = tuple(_head(model, stack))
+    embeddings = tuple(_embeddings(model, modules, stack, head))
     tokens = _tokens(model)
     if working:
         first = _first(model, order, embeddings)
-        found = prices(model, lambda length: working(sample(model, length)), tokens, blocks, first)
+        found = prices(model, lambda length: working(sample(model, length)), tokens, stack, first)
         modules = tuple(replace(module, price=found.get(module.name, module.price)) for module in modules)
     return Outline(
         architecture=type(model).__name__,
         modules=modules,
         parameters=tuple(_parameters(model, {module.name for module in modules})),
         buffers=tuple(name for name, _ in model.named_buffers()),
-        blocks=blocks,
+        blocks=stack,
         head=head,
         embeddings=embeddings,
         tokens=tokens,
@@ -209,7 +209,7 @@ def _guess(module: nn.Module) -> float:
     return sum(2.0 * TOKENS * p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
+def blocks(model: nn.Module) -> Iterator[str]:
     """The repeated blocks, in forward order: the items of the outermost lists of alike modules that weigh most."""
     stacks: list[tuple[str, nn.Module, int]] = []
     for name, module in model.named_modules():

@@ -65,8 +65,8 @@ class Column:
     cost: float
     cached_cost: float
     opens: tuple[str, ...]
-    memory: int
-    """Bytes at the peak, as forecast."""
+    memory: tuple[int, int]
+    """Bytes at the peak, as forecast: on a GPU, on a CPU."""
     disk: int
     """Bytes that the cache will take."""
     seconds: float | None
@@ -153,7 +153,7 @@ def _column(stage: Mapping[str, Any], whole: int) -> Column:
         cost=stage["cost"],
         cached_cost=stage["cached_cost"],
         opens=tuple(opening["pattern"] for opening in stage["opens"]),
-        memory=stage["forecast"]["memory"]["total"],
+        memory=(stage["forecast"]["memory"]["total"], stage["forecast"]["memory"]["process"]),
         disk=stage["forecast"]["cache_bytes"],
         seconds=stage["forecast"]["seconds"],
     )
@@ -237,7 +237,8 @@ def _figures(columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
         ("optimizer + gradients", [weight(column.bytes) for column in columns]),
         ("work of a step", [portion(column.cost) for column in columns]),
         ("with replay", [portion(column.cached_cost) for column in columns]),
-        ("memory, forecast", [weight(column.memory) for column in columns]),
+        ("memory on a GPU", [weight(column.memory[0]) for column in columns]),
+        ("memory on a CPU", [weight(column.memory[1]) for column in columns]),
         ("kept on disk", [weight(column.disk) if column.disk else "-" for column in columns]),
         ("time, estimate", [duration(column.seconds) for column in columns]),
     ]

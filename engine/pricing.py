@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from engine.freezing import all_trainable, eval_mode, only_trainable
@@ -23,7 +24,7 @@ from engine.outline import Amount, Price, below
 from engine.tracing import Flops, without_cache
 
 Inputs = dict[str, Tensor]
-FIELDS = ("work", "takes", "gives", "keeps", "passes")
+FIELDS = ("work", "takes", "gives", "keeps", "passes", "attention")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class _Reading:
     takes: dict[str, float] = field(default_factory=dict)
     gives: dict[str, float] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, float] = field(default_factory=dict)
 
 
 def prices(
@@ -69,6 +71,7 @@ def _both(model: nn.Module, inputs: Inputs, first: set[str]) -> dict[str, dict[s
         "gives": whole.gives,
         "keeps": whole.kept,
         "passes": through.kept,
+        "attention": whole.attention,
     }
 
 
@@ -105,19 +108,35 @@ def _read(model: nn.Module, inputs: Mapping[str, Tensor]) -> _Reading:
     reading, alive = _Reading(), []
     seen = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
-    with _stack(model, reading) as stack:
+    with _stack(model, reading) as stack, _Attention() as attention:
 
         def keep(tensor: Tensor) -> Tensor:
             if (storage := _storage(tensor)) not in seen:
                 seen.add(storage)
                 alive.append(tensor)  # or another tensor might come to lie in its place
-                name = stack[-1]
-                reading.kept[name] = reading.kept.get(name, 0.0) + tensor.untyped_storage().nbytes()
+                kept = reading.kept if attention.given is None or storage in attention.given else reading.attention
+                kept[stack[-1]] = kept.get(stack[-1], 0.0) + tensor.untyped_storage().nbytes()
             return tensor
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             model(**without_cache(model, inputs))
     return reading
+
+
+class _Attention(TorchFunctionMode):
+    """Knows whether torch's own attention is being computed: what it makes on its way depends on the device."""
+
+    given: set[int] | None = None
+    """Storages of its arguments while it is computed."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        self.given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        try:
+            return function(*args, **(kwargs or {}))
+        finally:
+            self.given = None
 
 
 def _storage(tensor: Tensor) -> int:

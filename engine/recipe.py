@@ -139,6 +139,9 @@ class Training(Part):
     """Share of each label that is spread over all classes."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "group_by_length"
     """Order of the examples; grouping by length spares padding, and does nothing where examples have no length."""
+    activation_checkpointing: bool = False
+    """Whether blocks that gradients pass through compute their activations again instead of keeping them: less memory
+    for a forward pass more, and the same gradients."""
     save_steps: Annotated[int, Field(ge=1)] = 500
     """Optimizer steps between two checkpoints; every evaluation and the end of every stage have one as well."""
     save_total_limit: Annotated[int, Field(ge=1)] = 2

@@ -217,12 +217,13 @@ class StageRow:
     planned_bytes: int
     base_bytes: int
     """What the process took before the model was loaded."""
+    on_cpu: bool
 
     @property
     def forecast(self) -> int | None:
         """Memory that the plan foretold, with what the process took by itself."""
         told = self.plan.get("forecast")
-        return told["memory"]["total"] + self.base_bytes if told else None
+        return told["memory"]["process" if self.on_cpu else "total"] + self.base_bytes if told else None
 
     @property
     def replayed(self) -> float:
@@ -237,7 +238,7 @@ class StageRow:
 def stages(papers: Papers) -> list[StageRow]:
     """Every stage of the plan, with what became of it."""
     rows = []
-    base = next((event.get("base_bytes", 0) for event in papers.of("started")), 0)
+    began = next(iter(papers.of("started")), {})
     for stage in papers.plan["stages"]:
         name = stage["name"]
         steps = [event for event in papers.of("step", stage=name) if event["seconds"] is not None]
@@ -250,7 +251,8 @@ def stages(papers: Papers) -> list[StageRow]:
                 ended=next(iter(papers.of("stage_ended", stage=name)), None),
                 seconds_per_step=math.fsum(event["seconds"] for event in steps) / last if last else None,
                 planned_bytes=stage["optimizer_bytes"] + stage["gradient_bytes"],
-                base_bytes=base,
+                base_bytes=began.get("base_bytes", 0),
+                on_cpu=began.get("device", "cpu") == "cpu",
             )
         )
     return rows

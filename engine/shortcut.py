@@ -6,8 +6,8 @@ reason is said. It never changes what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine import freezing
 from engine.data import Split
 from engine.frostline import Refusal, find
 from engine.prefix import Cache, Prefix
+from engine.recomputing import above, recomputed
 from engine.replay import Line
 from engine.tracing import no_keys
 
@@ -32,19 +33,30 @@ class Shortcut:
     prefixes: dict[Split, Prefix] = field(default_factory=dict)
     said: str = ""
     """One sentence for the user: what is replayed, or why nothing is."""
+    recomputed: tuple[nn.Module, ...] = ()
+    """Blocks whose activations are computed again on the way back."""
 
     def train_mode(self) -> None:
         """Train mode above the line, eval mode below: the same with and without a cache."""
         self.line.train_mode() if self.line else freezing.train_mode(self.model)
 
-    def replaying(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
         """Inside, forward passes cost what lies above the line, or draw at random just what they would draw there.
 
         Whatever is computed, it makes no keys and values: training never reads them.
         """
+        with recomputed(self.recomputed), self._passing():
+            yield
+
+    def _passing(self) -> AbstractContextManager[Any]:
         if self.line is None:
             return no_keys(self.model)
         return self.line.replaying() if self.prefixes else self.line.recomputing()
+
+    def recompute(self) -> None:
+        """Keep nothing of what blocks compute above the line, but compute it again on the way back."""
+        self.recomputed = above(self.model, self.line)
 
     def feed(self, split: Split, indices: Sequence[int], batch: Mapping[str, Any]) -> None:
         """Before a forward pass on the examples `indices` of a split, collated into `batch`."""

@@ -15,17 +15,20 @@ from engine.recipe import Recipe
 
 SMALL = 0.02
 """Share of what trains that is little enough to be asked whether it is worth its way down."""
+LITTLE = 0.05
+"""Share of a stage's memory that is not worth computing anything again."""
 DEARER = 0.15
 """Share of a step's work that is worth a note."""
 
 
 def notes(recipe: Recipe, plan: Plan, outline: Outline) -> tuple[str, ...]:
     """A sentence for each stage and reason."""
-    found = [note for stage in plan.stages for note in (*_deep(stage, outline), *_unkept(recipe, stage, plan))]
+    asked = (_deep, _unkept, _recomputed)
+    found = [note for stage in plan.stages for ask in asked for note in ask(recipe, stage, plan, outline)]
     return tuple(dict.fromkeys(found))
 
 
-def _deep(stage: Stage, outline: Outline) -> Iterator[str]:
+def _deep(_recipe: Recipe, stage: Stage, _plan: Plan, outline: Outline) -> Iterator[str]:
     """Something small that trains far below all else, so that every step goes down to it."""
     whole = Costs(outline, frozenset(stage.trainable))
     price = whole.forward(replayed=True) + whole.backward()
@@ -67,7 +70,7 @@ def _opens(opening: Opening, owners: set[str]) -> bool:
     return any(below(owner, name) for owner in owners for name in opening.modules)
 
 
-def _unkept(recipe: Recipe, stage: Stage, plan: Plan) -> Iterator[str]:
+def _unkept(recipe: Recipe, stage: Stage, plan: Plan, _outline: Outline) -> Iterator[str]:
     """A frozen prefix that is computed anew in every epoch because the recipe says so."""
     epochs = stage.steps / max(1, stage.steps_per_epoch)
     saved = 1 - stage.cached_cost / stage.cost if stage.cost else 0.0
@@ -85,3 +88,17 @@ def _unkept(recipe: Recipe, stage: Stage, plan: Plan) -> Iterator[str]:
         )
     elif size > recipe.cache.budget * 1e9 and stage is plan.stages[-1]:
         yield f"all stages together keep {size / 1e9:.1f} GB, more than `cache.budget`: earlier ones make room"
+
+
+def _recomputed(recipe: Recipe, stage: Stage, plan: Plan, outline: Outline) -> Iterator[str]:
+    """Activations that are computed again although keeping them would take little."""
+    if not recipe.training.activation_checkpointing or not plan.measured:
+        return
+    costs, longest = Costs(outline, frozenset(stage.trainable)), plan.sizes.longest
+    plain, again = costs.kept(longest), costs.kept(longest, recomputed=True)
+    micro = min(recipe.per_device_batch_size or recipe.batch_size, recipe.batch_size)
+    saved = micro * max(0.0, plain - again) / (stage.forecast.memory.total + micro * (plain - again))
+    work = costs.recomputed(plan.sizes) / ((costs.forward(plan.sizes) + costs.backward(plan.sizes)) or 1.0)
+    if saved < LITTLE:
+        what = f"computes {work:.0%} more a step and spares {saved:.1%} of the memory" if work else "finds no block"
+        yield f"stage `{stage.name}`: `activation_checkpointing` {what}; leave the key out where no stage needs it"

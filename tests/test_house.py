@@ -24,7 +24,8 @@ FLOORS = """
 2 openings plan layers forecast units answers advice points curve search thrift supervise
 3 memory speed processes freezing tracing pricing outlining models origins selection data batches optim media
 3 split streaming packed vocabulary
-3 batchnorm mediafolders trust replay capturing frostline store prefix shortcut durable checkpoint proof reference shards
+3 batchnorm mediafolders trust recomputing replay capturing frostline store prefix shortcut
+3 durable checkpoint proof reference shards
 4 apart folder judging shortage learner position train start screen signals advise sweep sweeppage report export
 4 bench trials passes readings ladder advised advicepage sayings telling regret planting scorecard selftest
 4 picture charts comparison movement listing drafting importing

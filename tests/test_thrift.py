@@ -48,3 +48,13 @@ def test_a_cache_that_is_off_is_noted_where_it_would_pay(root: Path) -> None:
 def test_a_budget_that_is_too_small_is_noted(root: Path) -> None:
     (said,) = noted(root, freeze=running.FROZEN, stages=[HEAD], cache={"budget": 1e-6})
     assert "more than `cache.budget`" in said
+
+
+def test_activations_computed_again_for_nothing_are_noted(root: Path) -> None:
+    again = {"activation_checkpointing": True}
+    (said,) = noted(root, freeze=running.FROZEN, stages=[HEAD], training=again)
+    assert said.startswith("stage `head`: `activation_checkpointing` finds no block")
+    assert noted(root, training=again, batch_size=256) == (), "it spares much where all of it trains on many examples"
+    top = running.stage("top", unfreeze="@blocks[-1]", epochs=3)  # one block alone is held whole while it comes again
+    (said,) = noted(root, freeze=running.FROZEN, stages=[top], training=again)
+    assert re.search(r"computes \d+% more a step and spares 0.0% of the memory", said)
