@@ -236,7 +236,7 @@ def _groups(
     groups: dict[tuple[float, float], list[str]] = {}
     for parameter in trained:
         rate = opened.rates[parameter.name] * layer_decay ** _depth(parameter, outline)
-        spared = parameter.name.endswith("bias") or "norm" in kinds.get(parameter.module, "").lower()
+        spared = "bias" in parameter.name or "norm" in kinds.get(parameter.module, "").lower()
         groups.setdefault((rate, 0.0 if spared else decay), []).append(parameter.name)
     return tuple(Group(tuple(names), rate, decay) for (rate, decay), names in groups.items())
 

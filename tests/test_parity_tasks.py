@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from engine.tasks import Facts
 
 ROWS, LABELS = 52, 3
-STEADY = TRAINING | {"adam_epsilon": 1e-5}
+STEADY = TRAINING | {"adam_epsilon": 1e-6}
 """Adam would make steps of what is rounding alone, such as the gradient of a bias that softmax can't see."""
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
