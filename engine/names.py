@@ -149,7 +149,8 @@ _ANSWERS: dict[str, str] = {
         "parallelism_config local_rank torch_compile strategy fsdp_transformer_layer_cls_to_wrap "
         "dataloader_num_workers tpu_num_cores use_mps_device"
     ),
-    "it belongs on the command line": ("trust_remote_code cache_dir hub_cache"),
+    "code of a checkpoint never runs here": ("trust_remote_code"),
+    "the environment says where downloads lie: `HF_HOME`": ("cache_dir hub_cache"),
     "the run folder is chosen on the command line": (
         "output_dir out_dir output logging_dir run_name overwrite_output_dir"
     ),

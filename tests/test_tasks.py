@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets import ClassLabel, Features, List, Value
 from engine import data, metrics
 from engine.errors import PlanError
 from engine.recipe import Recipe
+from engine.tasks import labels
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -345,3 +347,9 @@ def test_which_way_is_better_and_what_is_unknown() -> None:
     assert metrics.unserved("mse", metrics.serving(SINGLE))[0] == "`mse` doesn't fit this task"
     for problem, names in metrics.DEFAULTS.items():
         assert set(names) <= set(metrics.serving(problem))
+
+
+def test_a_declared_class_without_rows_is_told_of() -> None:
+    said = labels._balance(Counter({"a": 3, "b": 1}), ("a", "b", "c"))
+    assert said.endswith("`a` is the commonest with 75.0% of them, no row has `c`, so none can be learnt")
+    assert labels._balance(Counter({"a": 3, "b": 1}), ("a", "b")).endswith("`b` the rarest with 25.0%")

@@ -177,10 +177,12 @@ def _balance(counts: Counter[str], labels: Sequence[str]) -> str:
     """One sentence on how the training rows spread over the labels."""
     total = counts.total()
     most, least = max(labels, key=lambda name: counts[name]), min(labels, key=lambda name: counts[name])
-    return (
-        f"{len(labels):,} labels in train: `{_short(most)}` is the commonest with {counts[most] / total:.1%} of them, "
-        f"`{_short(least)}` the rarest with {counts[least] / total:.1%}"
-    )
+    common = f"`{_short(most)}` is the commonest with {counts[most] / total:.1%} of them"
+    told = f"{len(labels):,} labels in train: {common}, "
+    if absent := [_short(name) for name in labels if not counts[name]]:
+        more = f" and {len(absent) - 3:,} more" if len(absent) > 3 else ""
+        return f"{told}no row has {', '.join(f'`{name}`' for name in absent[:3])}{more}, so none can be learnt"
+    return f"{told}`{_short(least)}` the rarest with {counts[least] / total:.1%}"
 
 
 def _numbers(tables: Mapping[str, Table]) -> Facts:
