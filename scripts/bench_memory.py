@@ -67,8 +67,10 @@ def child(path: Path, folder: Path) -> None:
         if isinstance(event, StageEnded):
             plan = json.loads((runs / path.stem / "plan.json").read_text())
             stage = next(each for each in plan["stages"] if each["name"] == event.stage)
+            told = stage["forecast"]["memory"]
+            plan = told | {"total": told["total" if torch.cuda.is_available() else "process"]}
             took = {"stage": event.stage, "peak": event.peak_bytes - base, "seconds": event.seconds}
-            print(json.dumps(took | {"plan": stage["forecast"]["memory"], "foreseen": foreseen[event.stage]}))
+            print(json.dumps(took | {"plan": plan, "foreseen": foreseen[event.stage]}))
 
 
 def stages(path: Path, folder: Path) -> Iterator[dict[str, Any]]:
