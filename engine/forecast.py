@@ -18,7 +18,7 @@ CAPTURED = 64
 """Examples of one capturing forward pass."""
 WORTH = 0.1
 """Share of a forward pass that has to lie below the line for a replay."""
-LIBRARIES = 70_000_000
+LIBRARIES = 55_000_000
 """Bytes of what is imported and made once when a model trains on a CPU: metrics, kernels, threads."""
 LEFT = 0.3
 """Share of what comes and goes on a CPU that its allocator can't give to what comes next."""
