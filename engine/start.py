@@ -54,6 +54,7 @@ class Draft:
 def draft(loaded: Loaded, root: Path, examples: int | None = None) -> Draft:
     """The plan of a recipe, no weights read; with `examples` the data stay unread and the labels are the config's."""
     recipe = loaded.recipe
+    models.config(recipe, Facts(), root)  # a model that isn't there is told of before the data are read
     rows = data.read(recipe, root) if examples is None else None
     bones = models.skeleton(recipe, rows.facts if rows else Facts(), root)
     if rows is None:
@@ -162,6 +163,7 @@ def _ready(
     recipe = loaded.recipe
     together(accelerator, lambda: _refuse_half(recipe, accelerator))
     together(accelerator, lambda: shards.refuse(recipe, accelerator))
+    together(accelerator, lambda: models.config(recipe, Facts(), root) and None)  # before the data are read
     rows = first(accelerator, lambda: data.read(recipe, root))
     bones = models.skeleton(recipe, rows.facts, root)
     _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download

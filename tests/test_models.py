@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from running import events, place, recipe, run, stage
+from running import draft, events, place, recipe, run, stage
 from safetensors.torch import load_file
 
 from engine import load, models
-from engine.errors import ENVIRONMENT, PlanError, RunError
+from engine.errors import ENVIRONMENT, FrostlineError, PlanError, RunError
 from engine.models import Loaded
 from engine.records import Note
 from engine.tasks import Facts
@@ -304,3 +304,14 @@ def test_home_that_can_not_be_used_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == ENVIRONMENT
     assert len(done.stderr.splitlines()) == 1
     assert "HF_HOME says where it lies" in done.stderr
+
+
+def test_a_model_that_is_not_there_is_told_of_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = place(tmp_path)
+    (root / "model/config.json").unlink()
+    monkeypatch.setattr("engine.data.read", lambda *_: pytest.fail("the data were read"))
+    for act in (draft, run):
+        with pytest.raises(FrostlineError, match="model"):
+            act(root)
