@@ -89,13 +89,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300, help="rows to train on; half as many judge")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depths", default="0,1,2,3,4,5,6")
+    parser.add_argument("--model", default="", help="MiniLM's folder, where its package is not installed")
     asked = parser.parse_args()
     _trec.prepare(ROOT / "data/trec")
     splits = [f"data.splits.train=train[:{asked.rows}]", f"data.splits.validation=validation[:{asked.rows // 2}]"]
     options = ["--depths", asked.depths, "--seeds", str(asked.seeds), "--learning-rates", "2e-4"]
     with ExitStack() as held:
         folders = {way: Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) for way in WAYS}
-        words = [*splits, "data.splits.test=", *options]
+        words = [*splits, "data.splits.test=", *([f"model={asked.model}"] if asked.model else []), *options]
         children = {way: begin(way, words, folder) for way, folder in folders.items()}
         spent = [end(way, children[way], folders[way]) for way in WAYS]
         print(table(*spent))
