@@ -272,7 +272,12 @@ OTHERS = [
 layers that no recipe adapts."""
 
 
-@pytest.mark.parametrize(("name", "architecture", "rule"), SAME, ids=lambda value: str(value)[:40])
+def label(value: Any) -> str:
+    """A part of a test's name: the same in every process, as an address of a function is not."""
+    return getattr(value, "__name__", value)
+
+
+@pytest.mark.parametrize(("name", "architecture", "rule"), SAME, ids=label)
 def test_what_trains_is_what_the_tool_would_train(name: str, architecture: str, rule: Rule, tmp_path: Path) -> None:
     recipe = carried(name, tmp_path, model=folder(tmp_path, architecture))
     config = words(name) if name.endswith(".sh") else said(name)
