@@ -321,7 +321,7 @@ def test_a_gradient_that_is_no_number(root: Path, whole: Path, ranks: int):
 
 def test_a_weight_that_is_no_number_is_never_kept(root: Path):
     """A checkpoint is due before any gradient or metric can tell of it."""
-    last = learner.Learner._move
+    last = learner.Learner.step
 
     def plant(_rank: int) -> None:
         def overflow(self: learner.Learner, step: int) -> float:
@@ -331,7 +331,7 @@ def test_a_weight_that_is_no_number_is_never_kept(root: Path):
                     self.parameters[0].view(-1)[0] = float("inf")
             return norm
 
-        learner.Learner._move = overflow
+        learner.Learner.step = overflow
 
     staged.write(root, **{**training(save_steps=1), "evaluation": {"eval_steps": 100}})
     assert staged.run(root, plant=plant) == [5]
