@@ -72,7 +72,7 @@ def timed(drafted: Draft) -> Draft:
     taken = next((m.price.takes for m in outline.modules if m.name == block), None)
     tokens = round(plan.batch_size * (plan.sizes.mean or 1))
     width = taken.at(plan.sizes.mean) / (plan.sizes.mean or 1) if taken else 0
-    found = speed.rate(min(4096, max(32, round(width or 256))), min(8192, max(32, tokens)))
+    found = speed.rate(min(1024, max(32, round(width or 256))), min(2048, max(32, tokens)))  # as fast as wider ones
     return replace(drafted, plan=plan.timed(found))
 
 
