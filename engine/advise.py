@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine import advicepage, advised, bench, durable, ladder, start, store
-from engine.advice import Advice, Rung
-from engine.budget import Budget, Clock
+from engine import start, store
+from engine.advising import advicepage, advised, bench, ladder
+from engine.advising.advice import Advice, Rung
+from engine.advising.budget import Budget, Clock
+from engine.devices.processes import asked_to_stop, launched
 from engine.errors import REFUSED, STOPPED, RunError
+from engine.keeping import durable
 from engine.load import Loaded
-from engine.processes import asked_to_stop, launched
 
 ENDING = "-advice"
 """What the name of an advice's folder ends in."""

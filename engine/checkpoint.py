@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import durable
-from engine.durable import JSON_LIMIT, DamagedError, lock
 from engine.errors import ENVIRONMENT, GUARD, NOTHING_TO_RESUME, RunError
+from engine.keeping import durable
+from engine.keeping.durable import JSON_LIMIT, DamagedError, lock
 
 __all__ = ["Checkpoint", "DamagedError", "clear", "is_kept", "lock", "newest", "publish", "rotate", "verify"]
 

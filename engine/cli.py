@@ -66,7 +66,8 @@ def plan(
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
 ) -> None:
     """Show what a recipe will do: who trains in which stage, at which rate, at what cost. No weights are read."""
-    from engine import screen, start, thrift
+    from engine import screen, start
+    from engine.planning import thrift
 
     loaded, name = one_recipe(what)
     with placed(loaded.source):
@@ -147,9 +148,10 @@ def advise(
     data_root: Annotated[Path, typer.Option(help="The folder that local models and data lie in.")] = Path(),
 ) -> None:
     """Measure whether to unfreeze, which layers and when, on your own rows, and write the recipe."""
-    from engine import screen, telling
+    from engine import screen
     from engine.advise import ENDING, advise
-    from engine.budget import Budget
+    from engine.advising import telling
+    from engine.advising.budget import Budget
 
     loaded, own_name = one_recipe(what)
     called, allowed = run_name(name or own_name), Budget.read(budget)
@@ -164,8 +166,8 @@ def report(
     to: Annotated[Path, typer.Option(help="Where a comparison of several runs goes.")] = Path("comparison.html"),
 ) -> None:
     """Write the report of a run anew, or one page that compares two to four runs; prints the file's name."""
-    from engine import comparison
     from engine import report as reports
+    from engine.reporting import comparison
 
     print(reports.write(runs[0]) if len(runs) == 1 else comparison.write(runs, to))
 
@@ -181,7 +183,7 @@ def export(
     data_root: Annotated[Path, typer.Option(help="The folder that local data lie in.")] = Path(),
 ) -> None:
     """Hand on a finished run: its weights, its adapters, or weights and graph in one file; with a model card."""
-    from engine import upload
+    from engine.shipping import upload
 
     if push_to_hub:
         upload.refuse_name(push_to_hub)
@@ -246,7 +248,7 @@ def diff(
 ) -> None:
     """Say what two recipes differ in, or the recipes of two runs."""
     from engine import listing
-    from engine.source import clean
+    from engine.grammar.source import clean
 
     print("\n".join(map(clean, listing.changes(old, new))) or "They say the same.")
 
@@ -256,7 +258,7 @@ def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
 
-    from engine.schema import schema
+    from engine.grammar.schema import schema
 
     print(json.dumps(schema(), indent=2))
 
@@ -279,7 +281,7 @@ def cache_clear(
 ) -> None:
     """Take away what is kept; a run that needs it computes it anew, and one that is under way reads on."""
     from engine import store
-    from engine.picture import weight
+    from engine.reporting.picture import weight
 
     folder = runs / store.FOLDER
     before = store.usage(folder)
@@ -340,7 +342,7 @@ def placed(source: Source) -> Iterator[None]:
 
 def tell(error: FrostlineError) -> None:
     """An error in words on standard error."""
-    from engine.source import clean
+    from engine.grammar.source import clean
 
     source = error.source if isinstance(error, RecipeError | PlanError) else None
     text = source.render(error.problems) if source and isinstance(error, RecipeError | PlanError) else str(error)
@@ -350,8 +352,8 @@ def tell(error: FrostlineError) -> None:
 
 def _checked(file: Path, overrides: Sequence[str]) -> bool:
     """Check one recipe and print what came of it."""
+    from engine.grammar.source import clean
     from engine.load import load, scan
-    from engine.source import clean
 
     try:
         if file.name.startswith("_"):

@@ -17,15 +17,15 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from engine import streaming
 from engine.errors import Key, PlanError, Problem
-from engine.forecast import Sizes
-from engine.media import sift
 from engine.metrics import unserved
-from engine.origins import find, quietly
+from engine.planning.forecast import Sizes
 from engine.recipe import Recipe
-from engine.selection import HELD_OUT, Slice, arrow, duplicates, hold_out, pick
-from engine.split import Split, order
+from engine.rows import streaming
+from engine.rows.media import sift
+from engine.rows.origins import find, quietly
+from engine.rows.selection import HELD_OUT, Slice, arrow, duplicates, hold_out, pick
+from engine.rows.split import Split, order
 from engine.tasks import Facts, Table, Task
 from engine.tasks.base import TRUNCATED
 

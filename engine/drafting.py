@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.errors import Problem, RecipeError
+from engine.grammar.source import clean
 from engine.load import load
-from engine.source import clean
 from engine.tasks import TASKS, Task
 
 FILES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

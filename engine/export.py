@@ -15,13 +15,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine import apart, card, data, durable, graphs, models, quantized, report, usage
+from engine import data, models, report
 from engine.errors import ENVIRONMENT, REFUSED, PlanError, RunError
-from engine.folder import RunFolder, placed
+from engine.keeping import durable
+from engine.keeping.folder import RunFolder, placed
 from engine.load import load
-from engine.picture import weight
 from engine.recipe import Recipe
 from engine.report import metric
+from engine.reporting.picture import weight
+from engine.shipping import apart, card, graphs, quantized, usage
 
 FORMATS = ("safetensors", "adapter", "torch", "onnx")
 MARK = "export.json"

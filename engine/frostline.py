@@ -18,8 +18,8 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from engine.freezing import eval_mode, parameters
-from engine.replay import Line, Stub, Tap, Turns
-from engine.tracing import Call, Reach, Trace, loss_of, reach, trace
+from engine.frost.replay import Line, Stub, Tap, Turns
+from engine.frost.tracing import Call, Reach, Trace, loss_of, reach, trace
 
 CHEAP = 0.02
 """Live modules below the line may cost this share of what it saves: position biases, look-ups."""

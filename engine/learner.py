@@ -20,17 +20,18 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from engine import adapters, freezing, models, optim, shards, shortage
-from engine.batches import Batching
-from engine.batchnorm import Statistics
+from engine import adapters, freezing, models, optim
 from engine.data import Encoded, Split
+from engine.devices import shards, shortage
+from engine.devices.batchnorm import Statistics
+from engine.devices.processes import agree, alike
 from engine.errors import PlanError, Problem
+from engine.frost.prefix import Cache
+from engine.frost.shortcut import Shortcut, open_shortcut
 from engine.plan import Stage
-from engine.prefix import Cache
-from engine.processes import agree, alike
 from engine.randomness import seed_draws, stable_seed
 from engine.recipe import Recipe
-from engine.shortcut import Shortcut, open_shortcut
+from engine.rows.batches import Batching
 from engine.tasks import Facts
 from engine.tasks.base import SEED
 

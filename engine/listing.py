@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 from engine import report
 from engine.errors import ProblemsError, RunError
-from engine.folder import differences
+from engine.keeping.folder import differences
 from engine.load import load
 
 

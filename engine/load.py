@@ -18,13 +18,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine import wording
 from engine.errors import Key, Problem, RecipeError
+from engine.grammar import wording
+from engine.grammar.reading import MOST_BYTES, Node, Place, Slip, read
+from engine.grammar.source import Source
 from engine.part import Part
 from engine.patterns import lint
-from engine.reading import MOST_BYTES, Node, Place, Slip, read
 from engine.recipe import Recipe
-from engine.source import Source
 
 COMMAND_LINE = "command line"
 MOST_FILES = 8

@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from engine import packed, trust, vocabulary
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
-from engine.forecast import Sizes
+from engine.modelling import packed, trust, vocabulary
+from engine.modelling.outlining import outline
 from engine.optim import schedule_problems
 from engine.outline import Outline
-from engine.outlining import outline
 from engine.packages import PREFIX, locate
 from engine.plan import Attachment, Plan, attachments, make
+from engine.planning.forecast import Sizes
 from engine.randomness import stable_seed
 from engine.recipe import Model, Recipe
 from engine.tasks import Facts

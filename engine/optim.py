@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import shards
+from engine.devices import shards
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
 from engine.plan import Stage
 from engine.recipe import Training

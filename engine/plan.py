@@ -14,10 +14,10 @@ from math import ceil
 from typing import Any
 
 from engine.errors import PlanError, Problem
-from engine.forecast import Costs, Forecast, Sizes, forecast
-from engine.layers import Layer, LayerState, layers, states
-from engine.openings import Attachment, Opening, StageOpenings, resolve
 from engine.outline import Outline, Parameter, below
+from engine.planning.forecast import Costs, Forecast, Sizes, forecast
+from engine.planning.layers import Layer, LayerState, layers, states
+from engine.planning.openings import Attachment, Opening, StageOpenings, resolve
 from engine.recipe import Recipe
 from engine.schedules.base import EarlyStopping, StageEntry
 

@@ -16,12 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine import picture, records
-from engine.charts import Chart, Series, Span, chart
+from engine import records
 from engine.errors import ENVIRONMENT, RunError
-from engine.picture import count, duration, portion, rates, weight
+from engine.reporting import picture
+from engine.reporting.charts import Chart, Series, Span, chart
+from engine.reporting.picture import count, duration, portion, rates, weight
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent / "reporting/pages"
 MOST_CLASSES = 24
 """Classes up to which a confusion matrix is drawn; beyond, a reader needs the worst of them and not a wall."""
 LEVELS = 8
@@ -73,7 +74,7 @@ def read(path: Path) -> Papers:
 
 def write(path: Path) -> Path:
     """Write the report of the run in a folder, finished or not, and return its file."""
-    from engine import durable
+    from engine.keeping import durable
 
     page = render("report.html.j2", **view(read(path)))
     durable.replace(path / "report.html", page.encode())

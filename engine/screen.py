@@ -16,16 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from engine.curve import Swept, Tried
 from engine.errors import REFUSED, RunError
+from engine.grammar.source import clean
 from engine.listing import Entry
-from engine.openings import entries as stage_entries
 from engine.outline import Outline
-from engine.picture import INKS, MARKS, WORDS, count, duration, picture, save, tables, weight
 from engine.plan import Plan
+from engine.planning.openings import entries as stage_entries
 from engine.recipe import Recipe
 from engine.records import Evaluated, Event, Finished, Note, Proved, StageEnded, StageStarted, Started, Step
-from engine.source import clean
+from engine.reporting.picture import INKS, MARKS, WORDS, count, duration, picture, save, tables, weight
+from engine.sweeping.curve import Swept, Tried
 
 if TYPE_CHECKING:
     from engine.store import Kept

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from engine import planting, scorecard
+from engine.advising import planting, scorecard
+from engine.advising.planting import INPUT, SHIFTS
 from engine.errors import REFUSED, RunError
-from engine.planting import INPUT, SHIFTS
 
 KINDS = ("plant", "shift", "advice", "truth")
 ROWS, TEST = 400, 500
@@ -225,8 +225,8 @@ def _shift(place: Path, settings: Settings, kind: str, shift: str, draw: str) ->
 
 def _ranked(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) -> dict[str, Any]:
     """The ladder up to short runs, over single units alone."""
-    from engine.answers import value
-    from engine.units import EVERYTHING
+    from engine.advising.answers import value
+    from engine.advising.units import EVERYTHING
 
     ladder = _ladder(place, recipe, settings, seed)
     single = {name: each for name, each in ladder.bench.candidates.items() if len(each.units) < 2 or name == EVERYTHING}
@@ -258,14 +258,14 @@ def _ranked(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) 
 
 
 def _gains(advice: Any) -> dict[str, float]:
-    from engine.answers import gains
+    from engine.advising.answers import gains
 
     return {name: round(gain, 6) for name, gain in gains(advice.short).items()}
 
 
 def _ladder(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) -> Any:
-    from engine import ladder
-    from engine.budget import Budget, Clock
+    from engine.advising import ladder
+    from engine.advising.budget import Budget, Clock
 
     clock, budget = Clock(now=time.process_time), Budget.read(settings.budget)
     return ladder.begin(_bench(place, recipe, settings, seed), "case", budget, clock, seed)
@@ -274,9 +274,9 @@ def _ladder(place: Path, recipe: dict[str, Any], settings: Settings, seed: int) 
 def _bench(place: Path, recipe: dict[str, Any], settings: Settings, seed: int, most: int = 10_000) -> Any:
     from accelerate import Accelerator
 
-    from engine import bench
+    from engine.advising import bench
+    from engine.frost.prefix import Cache
     from engine.load import load
-    from engine.prefix import Cache
 
     loaded = load(planting.write_recipe(place / "case.yaml", recipe))
     cache = Cache(place / "activations", budget=round(20e9))
@@ -337,9 +337,9 @@ def _thawed(verdict: Any) -> str | None:
 
 def _truth(place: Path, settings: Settings, name: str, seed: str) -> dict[str, Any]:
     """Every candidate in full, at two rates, the better by validation rows; judged on rows that nobody chose by."""
-    from engine import trials
-    from engine.budget import Clock
-    from engine.units import HEAD, window
+    from engine.advising import trials
+    from engine.advising.budget import Clock
+    from engine.advising.units import HEAD, window
 
     _, both = _set(place, settings, name, int(seed))
     bench, clock = _bench(place, both, settings, int(seed)), Clock(now=time.process_time)

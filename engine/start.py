@@ -15,24 +15,25 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoint, data, memory, models, optim, report, shards, speed, store
-from engine.batches import batching
-from engine.durable import lock
+from engine import checkpoint, data, models, optim, report, store
+from engine.devices import memory, shards, speed
+from engine.devices.processes import asked_to_stop, first, launched, peers, together
 from engine.errors import ENVIRONMENT, PlanError, Problem, RunError
-from engine.folder import RunFolder
-from engine.forecast import Sizes
+from engine.frost.prefix import Cache
+from engine.keeping.durable import lock
+from engine.keeping.folder import RunFolder
+from engine.keeping.movement import Start
+from engine.keeping.position import Position, resume
+from engine.keeping.proof import Digests, digests
+from engine.keeping.reference import refer
 from engine.learner import Learner
 from engine.load import Loaded
-from engine.movement import Start
 from engine.outline import Outline
 from engine.plan import Plan
-from engine.position import Position, resume
-from engine.prefix import Cache
-from engine.processes import asked_to_stop, first, launched, peers, together
-from engine.proof import Digests, digests
+from engine.planning.forecast import Sizes
 from engine.recipe import Recipe
 from engine.records import Event, Finished, Note, StageEnded, Started
-from engine.reference import refer
+from engine.rows.batches import batching
 from engine.tasks import Facts
 from engine.tracking import followed
 from engine.train import Loop

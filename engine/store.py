@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import durable
-from engine.durable import DamagedError
 from engine.errors import ENVIRONMENT, RunError
+from engine.keeping import durable
+from engine.keeping.durable import DamagedError
 
 FORMAT = 1
 """The version of the layout; a store of any other is missing."""

@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from engine import durable, points, records, report, search, start, store
-from engine.curve import Curve, Outcome, Row, Swept, Tried, better, curve, speaks
+from engine import records, report, start, store
 from engine.errors import GUARD, REFUSED, PlanError, Problem, RunError
-from engine.folder import RunFolder
+from engine.keeping import durable
+from engine.keeping.folder import RunFolder
 from engine.load import Loaded, load
 from engine.metrics import greater_is_better
-from engine.points import Base, Point, Variant
 from engine.records import Event, Note
+from engine.sweeping import points, search
+from engine.sweeping.curve import Curve, Outcome, Row, Swept, Tried, better, curve, speaks
+from engine.sweeping.points import Base, Point, Variant
 
 CHOSEN = "chosen"
 """The run of the recipe that was selected, and with `.yaml` that recipe."""
@@ -268,7 +270,7 @@ class _Sweep:
         return report.read(folder.path).of("evaluated", split="test")[-1]["metrics"]
 
     def _write_recipe(self, found: Curve) -> Path:
-        from engine import sweeppage
+        from engine.sweeping import sweeppage
 
         assert found.chosen is not None
         (variant,) = (v for v in self.points[found.chosen.point].variants if v.name == found.chosen.variant)
@@ -280,7 +282,7 @@ class _Sweep:
 
     def _write(self, found: Curve, test: dict[str, float]) -> Path:
         """Keep the curve as sweep.json and sweep.html; returns the page."""
-        from engine import sweeppage
+        from engine.sweeping import sweeppage
 
         facts = {"recipe": str(self.asked.recipe), "asked": asdict(self.asked), "test": test, **sweeppage.plain(found)}
         durable.replace(self.folder / "sweep.json", (json.dumps(facts, indent=1, default=str) + "\n").encode())

@@ -16,17 +16,19 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from engine import adapters, apart, memory
+from engine import adapters
+from engine.devices import memory
+from engine.devices.processes import alike, together
 from engine.errors import STOPPED
-from engine.folder import RunFolder
 from engine.judging import judge
+from engine.keeping.folder import RunFolder
+from engine.keeping.movement import Start
+from engine.keeping.position import Best, Position
+from engine.keeping.proof import Digests, compare, digests
 from engine.learner import Learner
-from engine.movement import Start
 from engine.plan import Plan, Stage
-from engine.position import Best, Position
-from engine.processes import alike, together
-from engine.proof import Digests, compare, digests
 from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageStarted, Step
+from engine.shipping import apart
 
 Confusion = list[list[int]] | None
 

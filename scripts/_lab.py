@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 
 from engine import records, report, start, sweep
-from engine.curve import Curve, Swept
-from engine.folder import RunFolder
+from engine.keeping.folder import RunFolder
 from engine.load import load
+from engine.sweeping.curve import Curve, Swept
 
 ONCE = ("evaluation.eval_steps=1000000", "training.logging_steps=1000000")
 """Judge at the end of a stage and not before: nothing may be picked by the rows that are told of."""

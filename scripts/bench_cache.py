@@ -24,9 +24,9 @@ import transformers
 from torch import Tensor, nn
 
 from engine import freezing
+from engine.frost.prefix import Cache, Prefix
+from engine.frost.replay import Line
 from engine.frostline import find
-from engine.prefix import Cache, Prefix
-from engine.replay import Line
 
 BATCH = 16
 

@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from engine.batches import batching
 from engine.data import Encoded, Split
 from engine.learner import Learner
 from engine.models import draft
 from engine.recipe import Recipe
+from engine.rows.batches import batching
 from engine.tasks import Facts
 
 BATCH, WIDTH, TOKENS = 16, 192, 32

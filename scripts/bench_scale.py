@@ -27,14 +27,14 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from engine import freezing
-from engine.batches import batching
 from engine.data import Encoded, Split
+from engine.frost.prefix import Cache
+from engine.frost.tracing import Flops
 from engine.learner import Learner
 from engine.models import draft
-from engine.prefix import Cache
 from engine.recipe import Recipe
+from engine.rows.batches import batching
 from engine.tasks import Facts
-from engine.tracing import Flops
 
 BATCH, WIDTH, LABELS = 16, 64, 6
 AXES = {

@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine import picture, start  # noqa: E402
+from engine import start  # noqa: E402
 from engine.load import load  # noqa: E402
+from engine.reporting import picture  # noqa: E402
 
 EXAMPLES = 1_700
 """Training questions of recipes/trec.yaml: with their number given, the data themselves need not be there."""

@@ -30,7 +30,8 @@ warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
 import staged  # noqa: E402
 from _trials import TRIALS, Soak, Tally, Trial  # noqa: E402
 
-from engine import checkpoint, durable  # noqa: E402
+from engine import checkpoint  # noqa: E402
+from engine.keeping import durable  # noqa: E402
 
 
 def no_fsync() -> None:

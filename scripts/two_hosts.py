@@ -34,7 +34,8 @@ PROCESS = """
 import sys, time
 
 sys.path.insert(0, {root!r})
-from engine import cli, learner, processes
+from engine import cli, learner
+from engine.devices import processes
 
 processes.TIMEOUT = processes.timedelta(seconds={timeout})
 step = learner.Learner.step

@@ -18,11 +18,11 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine.batches import batching
 from engine.data import Encoded, Split
 from engine.learner import Learner
 from engine.models import draft
 from engine.recipe import Recipe
+from engine.rows.batches import batching
 from engine.tasks import Facts
 
 BATCH, EPOCHS = 16, 3

@@ -114,7 +114,7 @@ def _be_rank(root: Path, arguments: list[str], environment: Mapping[str, str], r
     try:
         os.environ |= environment
         signal.alarm(240)
-        torch.set_num_threads(1)  # torch remakes its pool after a fork, and trips where two threads are the first to ask
+        torch.set_num_threads(1)  # after a fork torch remakes its pool, and trips where two threads ask first
         gc.freeze()  # what the test has imported is nothing to look through between two stages
         out = os.open(root / f"rank-{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engine import adapters, freezing
-from engine.proof import digests
+from engine.keeping.proof import digests
 from engine.records import Proved
 
 TARGETS = [f"bert.encoder.layer.{index}.attention.self.{name}" for index in (2, 3) for name in ("query", "value")]

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import tiny
 
-from engine import advise, ladder, trials
-from engine.advice import Advice, Rung
-from engine.answers import Judged
-from engine.budget import Budget
+from engine import advise
+from engine.advising import ladder, trials
+from engine.advising.advice import Advice, Rung
+from engine.advising.answers import Judged
+from engine.advising.budget import Budget
+from engine.advising.units import EVERYTHING, HEAD, anchor, candidates, units, window
 from engine.cli import main
 from engine.errors import PlanError
 from engine.load import load
 from engine.outline import Outline, Parameter
-from engine.units import EVERYTHING, HEAD, anchor, candidates, units, window
 
 RECIPE = """
 model: model
@@ -84,8 +85,8 @@ def test_the_ladder_answers_and_writes_a_recipe_that_runs(place: Path, capsys: p
 def test_weights_are_as_they_were_after_a_trial(place: Path) -> None:
     from accelerate import Accelerator
 
-    from engine import bench
-    from engine.budget import Clock
+    from engine.advising import bench
+    from engine.advising.budget import Clock
 
     found = bench.gather(load(place / "small.yaml").recipe, place, None, Accelerator(cpu=True))
     before = {name: tensor.clone() for name, tensor in found.learner.tensors().items()}

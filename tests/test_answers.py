@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from engine import answers, regret, scorecard
-from engine.answers import Facts, Judged, Metric
-from engine.budget import Budget, Clock
+from engine.advising import answers, regret, scorecard
+from engine.advising.answers import Facts, Judged, Metric
+from engine.advising.budget import Budget, Clock
+from engine.advising.units import EVERYTHING, HEAD, Candidate
 from engine.errors import RunError
-from engine.units import EVERYTHING, HEAD, Candidate
 
 LABELS = np.arange(400) % 4
 METRIC = Metric("accuracy", LABELS, 4)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from engine import learner
-from engine.batchnorm import Statistics
-from engine.proof import digests
+from engine.devices.batchnorm import Statistics
+from engine.keeping.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

@@ -15,8 +15,8 @@ from saving import flip, found, names, publish, tensors
 
 from engine import checkpoint
 from engine.checkpoint import DamagedError, clear, newest, rotate, verify
-from engine.durable import JSON_LIMIT, json_bytes, json_digest
 from engine.errors import GUARD, NOTHING_TO_RESUME, RunError
+from engine.keeping.durable import JSON_LIMIT, json_bytes, json_digest
 
 FILES = ["MANIFEST.json", "moments.safetensors", "state.json", "weights.safetensors"]
 

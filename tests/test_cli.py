@@ -11,7 +11,7 @@ import pytest
 
 from engine import cli
 from engine.errors import ENVIRONMENT, REFUSED, RunError
-from engine.schema import schema
+from engine.grammar.schema import schema
 
 RECIPE = "model: a/b\ntask: text-classification\ndata: c/d\n"
 STAGED = RECIPE + "stages:\n  - {name: head, epochs: 1}\n  - {name: all, epochs: 2}\n"

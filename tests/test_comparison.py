@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from engine import comparison
+from engine.reporting import comparison
 
 COUNTS = [[30, 4, 0], [6, 20, 3], [0, 2, 5]]
 

@@ -20,7 +20,7 @@ from engine.errors import ENVIRONMENT, PlanError, RunError
 from engine.packages import locate
 from engine.randomness import stable_seed
 from engine.recipe import Recipe
-from engine.selection import held_out
+from engine.rows.selection import held_out
 from engine.tasks import text_classification
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 from saving import flip, in_child
 
-from engine import checkpoint, durable
+from engine import checkpoint
 from engine.errors import ENVIRONMENT, LOCKED, RunError
+from engine.keeping import durable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 Check = Callable[[ModuleType, Path, pytest.MonkeyPatch], None]

@@ -225,7 +225,7 @@ def test_fresh_that_is_killed_leaves_nothing_to_go_on_from(cut: Path, whole: Pat
         shutil.copytree(kept, cut / "runs")
 
         def plant(_rank: int, number: int = number) -> None:
-            from engine.folder import RunFolder
+            from engine.keeping.folder import RunFolder
 
             clear = RunFolder.clear
 

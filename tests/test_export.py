@@ -18,10 +18,11 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from engine import card, export, graphs, report, upload
+from engine import export, report
 from engine.cli import main
 from engine.errors import RunError
 from engine.load import load
+from engine.shipping import card, graphs, upload
 
 HOSTILE = [
     "a|b",

@@ -12,9 +12,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine import freezing
-from engine.forecast import Costs, Sizes
+from engine.modelling.outlining import outline
 from engine.outline import Amount
-from engine.outlining import outline
+from engine.planning.forecast import Costs, Sizes
 
 
 def bert() -> nn.Module:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from engine import freezing, proof
-from engine.batches import Batching, batching
+from engine import freezing
 from engine.errors import RunError
+from engine.keeping import proof
+from engine.rows.batches import Batching, batching
 
 ALL = tuple(name for name, _ in tiny.resnet().named_parameters())
 STAGES = ("embedder", "stages.0", "stages.1", "stages.2", "stages.3", "classifier")

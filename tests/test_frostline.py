@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engine import freezing
 from engine.errors import RunError
+from engine.frost.replay import Line, fit
 from engine.frostline import Difference, Refusal, find, verify
-from engine.replay import Line, fit
 from engine.store import padded
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -425,7 +425,7 @@ def test_a_dropout_on_both_sides_of_the_line_drops_above_it_only():
 
 def test_a_cut_that_is_computed_live_has_its_output_replaced(monkeypatch: pytest.MonkeyPatch):
     """Where a shape can't be worked out without numbers, the module at the line runs and its output is replaced."""
-    monkeypatch.setattr("engine.replay.Stub.agrees", lambda stub, _call: not stub.makes_shapes)
+    monkeypatch.setattr("engine.frost.replay.Stub.agrees", lambda stub, _call: not stub.makes_shapes)
     for name, stage in (("Segformer masks", "half"), ("ResNet cls", "head"), ("T5 s2s", "all but the first")):
         model, batch = staged(name, stage)
         line = line_of(model, batch)
@@ -457,7 +457,7 @@ def test_fit_pads_and_crops_one_axis_only():
 
 def test_stubs_spare_the_work():
     """What a replay computes is what lies above the line, give or take 2%."""
-    from engine.tracing import Flops
+    from engine.frost.tracing import Flops
 
     model, batch = staged("Llama lm", "last")
     line = line_of(model, batch)

@@ -21,15 +21,17 @@ import transformers
 import yaml
 from torch import nn
 
-from engine import importing, openings, outlining
+from engine import importing
 from engine.cli import main
 from engine.errors import RecipeError
 from engine.importing import commands, parameters
 from engine.importing.base import Given
 from engine.importing.ms_swift import COMMAND
 from engine.load import load
+from engine.modelling import outlining
 from engine.outline import Outline
 from engine.patterns import select
+from engine.planning import openings
 
 CONFIGS = Path(__file__).parent / "importing"
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}

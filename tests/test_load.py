@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import PlanError, Problem, RecipeError
+from engine.grammar.names import KEYS
+from engine.grammar.reading import read, resolve
+from engine.grammar.schema import schema
+from engine.grammar.source import clean
+from engine.grammar.wording import unknown
 from engine.load import Loaded, load, scan
-from engine.names import KEYS
-from engine.reading import read, resolve
 from engine.recipe import Data, Model, OptimizerName, Recipe, Splits, Training
 from engine.schedules import Gradual, StageEntry
 from engine.schedules.base import SchedulerName
-from engine.schema import schema
-from engine.source import clean
-from engine.wording import unknown
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "model: a/b\ntask: text-classification\ndata: c/d\n"

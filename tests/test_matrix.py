@@ -15,11 +15,11 @@ import torch
 import transformers
 from torch import nn
 
-from engine import outlining
 from engine.freezing import obey
-from engine.openings import entries
-from engine.outlining import outline
+from engine.modelling import outlining
+from engine.modelling.outlining import outline
 from engine.plan import make
+from engine.planning.openings import entries
 from engine.recipe import Recipe
 from engine.schedules import StageEntry
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import memory, speed
-from engine.tracing import Flops
+from engine.devices import memory, speed
+from engine.frost.tracing import Flops
 
 CPU = torch.device("cpu")
 SIZE = 200_000_000

@@ -15,7 +15,7 @@ import pytest
 
 from engine.cli import main
 from engine.errors import REFUSED
-from engine.source import MOST_LINES
+from engine.grammar.source import MOST_LINES
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.yaml"))

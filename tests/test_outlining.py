@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from engine import adapters
-from engine.outlining import TOKENS, outline, sample
+from engine.modelling.outlining import TOKENS, outline, sample
 
 XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": tiny.VOCABULARY, "num_labels": 2}
 MODELS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from running import events, place, refused, run, stage
 from test_apart import put_together
 from torch import nn
 
-from engine import packed
+from engine.modelling import packed
 from engine.recipe import Model
 from engine.records import Evaluated, Note, Proved
 

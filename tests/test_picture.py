@@ -12,11 +12,12 @@ import running
 import tiny
 from rich.console import Console
 
-from engine import picture, screen
+from engine import screen
 from engine.load import load
-from engine.outlining import outline
+from engine.modelling.outlining import outline
 from engine.plan import Plan, make
 from engine.records import StageEnded
+from engine.reporting import picture
 
 LORA = {"type": "lora", "target_modules": ["query", "value"], "r": 2}
 STAGES = [

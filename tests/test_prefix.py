@@ -12,10 +12,10 @@ import torch
 from test_frostline import only, staged
 from torch import Tensor, nn
 
-from engine import capturing, prefix
+from engine.frost import capturing, prefix
+from engine.frost.prefix import Cache, Prefix
+from engine.frost.replay import Line
 from engine.frostline import Refusal, find
-from engine.prefix import Cache, Prefix
-from engine.replay import Line
 from engine.store import usage
 
 COUNT = 60

@@ -20,13 +20,13 @@ from engine import freezing
 from engine.adapters import attach
 from engine.adapters import config as adapter_config
 from engine.data import Split
-from engine.forecast import Costs
+from engine.frost.prefix import Cache
+from engine.frost.recomputing import above, recomputed
+from engine.frost.replay import Line
+from engine.frost.shortcut import Shortcut, open_shortcut
 from engine.frostline import find
-from engine.outlining import outline
-from engine.prefix import Cache
-from engine.recomputing import above, recomputed
-from engine.replay import Line
-from engine.shortcut import Shortcut, open_shortcut
+from engine.modelling.outlining import outline
+from engine.planning.forecast import Costs
 
 
 def gradients(shortcut: Shortcut, batch: Any, fed: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:

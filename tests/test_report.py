@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import running
 
-from engine import charts, comparison, report
+from engine import report
 from engine.errors import ENVIRONMENT, RunError
 from engine.records import Evaluated, Note, StageEnded
+from engine.reporting import charts, comparison
 
 PAYLOADS = [
     "<script>alert(1)</script>",

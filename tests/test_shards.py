@@ -16,7 +16,8 @@ import pytest
 import staged
 from accelerate.utils import DistributedType
 
-from engine import learner, processes
+from engine import learner
+from engine.devices import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

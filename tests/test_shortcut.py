@@ -12,8 +12,8 @@ from test_prefix import Texts, captures, collated
 
 from engine import freezing
 from engine.data import Split
-from engine.prefix import Cache
-from engine.shortcut import Shortcut, open_shortcut
+from engine.frost.prefix import Cache
+from engine.frost.shortcut import Shortcut, open_shortcut
 
 HEAD = ("classifier", "bert.pooler")
 TOP = (*HEAD, "bert.encoder.layer.3")

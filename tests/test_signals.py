@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.advising.units import Unit
 from engine.signals import SIGNALS, Evidence, Gradients
 from engine.signals.auto_rgn import AutoRGN
 from engine.signals.cross_half_gain import CrossHalfGain
@@ -17,7 +18,6 @@ from engine.signals.gsnr import GSNR
 from engine.signals.kappa import Kappa
 from engine.signals.linear_probe import LinearProbe, majority, narrow, probe, standard
 from engine.signals.spectrum import Spectrum
-from engine.units import Unit
 
 
 class Two(nn.Module):

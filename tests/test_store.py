@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from engine import durable, store
+from engine import store
 from engine.errors import RunError
+from engine.keeping import durable
 from engine.store import DTYPES, Dtype, Store, TooLargeError, Writer, padded
 
 CUTS = ("encoder", "decoder")

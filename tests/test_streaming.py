@@ -15,7 +15,7 @@ from running import events, place, refused, run, stage, stopped
 from engine import data
 from engine.recipe import Recipe
 from engine.records import Evaluated, Note, Proved, StageStarted, Step
-from engine.split import Split
+from engine.rows.split import Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 TEXTS = [{"text": f"{row['text']} no {index}"} for index, row in enumerate(tiny.reviews(60))]

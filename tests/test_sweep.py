@@ -11,13 +11,14 @@ import pytest
 import running
 import tiny
 
-from engine import load, points, start, sweep
-from engine.curve import Curve, Outcome, Row, Swept, Tried, curve, quantile, speaks
+from engine import load, start, sweep
 from engine.errors import ENVIRONMENT, STOPPED, PlanError, ProblemsError, RunError
 from engine.plan import make
 from engine.records import Event
-from engine.search import Search
-from engine.sweeppage import page
+from engine.sweeping import points
+from engine.sweeping.curve import Curve, Outcome, Row, Swept, Tried, curve, quantile, speaks
+from engine.sweeping.search import Search
+from engine.sweeping.sweeppage import page
 
 STAGES = [
     running.stage("head", steps=6, learning_rate=1e-2),

@@ -152,7 +152,7 @@ def test_examples_are_made_once_as_far_as_they_fit(monkeypatch: pytest.MonkeyPat
         made.extend(columns["number"])
         return {"pixel_values": [np.full(100, number, np.float32) for number in columns["number"]]}
 
-    monkeypatch.setattr("engine.split.KEPT", 400 * 3)
+    monkeypatch.setattr("engine.rows.split.KEPT", 400 * 3)
     split = data.Split(Dataset.from_dict({"number": list(range(5))}), prepare)
     for _ in range(2):
         examples = split.examples([4, 1, 4, 0, 2])

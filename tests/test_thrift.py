@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import running
 
-from engine import thrift
 from engine.load import load
+from engine.planning import thrift
 
 HEAD = running.stage("head", epochs=3)
 

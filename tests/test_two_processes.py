@@ -17,8 +17,9 @@ import accelerate
 import pytest
 import staged
 
-from engine import data, freezing, judging, learner, processes, start, train
-from engine.proof import digests
+from engine import data, freezing, judging, learner, start, train
+from engine.devices import processes
+from engine.keeping.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 ROOT = Path(__file__).parent.parent

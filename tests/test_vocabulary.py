@@ -13,9 +13,9 @@ import transformers
 from running import events, place, refused, run, stage
 from torch import nn
 
+from engine.modelling.vocabulary import grow
 from engine.recipe import Recipe
 from engine.records import Note, Proved
-from engine.vocabulary import grow
 
 NEW = ["marvellous", "dreadful"]
 TEXT = {"type": "text-generation", "max_length": 32}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from engine import load
 from engine.errors import Problem, RecipeError
+from engine.grammar.reading import MOST_BYTES, Node, Place, read
+from engine.grammar.source import Source
 from engine.importing import commands, writing
 from engine.importing.axolotl import Axolotl
 from engine.importing.base import Given, Tool
@@ -18,8 +20,6 @@ from engine.importing.config import Config, Note
 from engine.importing.finetuning_scheduler import FinetuningScheduler
 from engine.importing.llama_factory import LlamaFactory
 from engine.importing.ms_swift import COMMAND, MsSwift
-from engine.reading import MOST_BYTES, Node, Place, read
-from engine.source import Source
 
 TOOLS: tuple[type[Tool], ...] = (FinetuningScheduler, Axolotl, LlamaFactory, MsSwift)
 

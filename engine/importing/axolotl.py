@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar
 
+from engine.grammar.reading import Node
 from engine.importing import parameters
 from engine.importing.base import (
     Draft,
@@ -25,7 +26,6 @@ from engine.importing.base import (
     trainer,
 )
 from engine.importing.config import Config
-from engine.reading import Node
 
 INSIDE = re.compile(r"\^?(\w+_layernorm|self_attn|mlp|block_sparse_moe|attention|layers|norm)\b")
 """Names of what lies inside of language models: no parameter's name starts with them."""

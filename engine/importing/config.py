@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from engine.errors import RecipeError
-from engine.names import ELSEWHERE
-from engine.reading import Node, Place, Slip, resolve
-from engine.source import Source, clean
+from engine.grammar.names import ELSEWHERE
+from engine.grammar.reading import Node, Place, Slip, resolve
+from engine.grammar.source import Source, clean
 
 NOTHING = (None, "", False, [], {})
 """Values that ask for nothing, so that there is nothing to tell."""

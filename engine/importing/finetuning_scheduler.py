@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from engine.grammar.reading import Node
 from engine.importing import parameters
 from engine.importing.base import Draft, Given, Tool, override
 from engine.importing.config import Config
 from engine.importing.parameters import EVERYTHING, Translated, fold
-from engine.reading import Node
 
 LONGEST = 10
 """Epochs of a phase that only early stopping ends."""

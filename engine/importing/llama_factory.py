@@ -122,7 +122,7 @@ def _data(config: Config, draft: Draft) -> None:
 
 def _entry(folder: Path, name: str, data: str) -> dict[str, Any]:
     """Where LLaMA-Factory's own list of data says that a data set lies; else where it mostly does."""
-    from engine.reading import read
+    from engine.grammar.reading import read
 
     for place in (folder / data, Path(data)):
         listed = place / "dataset_info.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
-from engine.reading import resolve
+from engine.grammar.reading import resolve
 
 WIDEST = 118
 GROUPS = ("freeze", "adapters", "stages", "training")

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from engine.advising.units import Unit
 from engine.part import Part
-from engine.units import Unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""The frozen prefix: found, captured, fed."""

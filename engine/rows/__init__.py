@@ -1,0 +1,1 @@
+"""Rows from their place to a batch."""
