@@ -1,9 +1,10 @@
 """Try to lose work for as long as you like: kills, failing disks, power cuts, flipped bytes, crowds, hostile text.
 
-    .venv/bin/python scripts/soak.py [--minutes 10] [--seed 7] [--mutate fsync|rename|hash|lock]
+    .venv/bin/python scripts/soak.py [--minutes 10 | --release] [--seed 7] [--mutate fsync|rename|hash|lock]
 
-Prints a table of what was tried, how often, and what was lost; the exit code is 1 if anything was. The dice follow from
-the seed, the moments that kills hit from the machine. `--mutate` takes one safeguard away, and has to turn it red.
+Prints a table of what was tried, how often, and what was lost; the exit code is 1 if anything was. `--release` holds
+each trial to its bar, a number of tries or of minutes. The dice follow from the seed, the moments that kills hit from
+the machine. `--mutate` takes one safeguard away, and has to turn it red.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,11 +29,52 @@ import conftest  # noqa: E402, F401  no network and one thread a process, before
 
 warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
 
+import _disks  # noqa: E402
+import _planted  # noqa: E402
+import _trials  # noqa: E402
 import staged  # noqa: E402
-from _trials import TRIALS, Soak, Tally, Trial  # noqa: E402
+from _trials import Soak, Tally, Trial  # noqa: E402
 
 from engine import checkpoint  # noqa: E402
 from engine.keeping import durable  # noqa: E402
+
+
+@dataclass
+class Bar:
+    """What a release has to show of a trial, and what it has shown so far."""
+
+    trial: Trial
+    tries: int = 1
+    minutes: float = 0
+    suite: bool = False
+    """Whether it consists of tests, which are run anyway, but for a release."""
+    shown: Tally = field(default_factory=Tally)
+    turns: int = 0
+    seconds: float = 0
+
+    @property
+    def reached(self) -> bool:
+        return self.turns > 0 and self.shown.tries >= self.tries and self.seconds >= 60 * self.minutes
+
+
+BARS = {
+    "SIGKILL at any time of a run": Bar(_trials.killed_runs, tries=60),
+    "SIGKILL at any time of two processes": Bar(_trials.killed_pairs, tries=15),
+    "from one process to two to one": Bar(_trials.changing_pairs, tries=5),
+    "SIGKILL inside of a save": Bar(_disks.killed_saves, tries=200),
+    "a disk that fails at the Nth call": Bar(_disks.failing_calls, tries=100),
+    "a disk that is full": Bar(_disks.full_disks, tries=10),
+    "a power cut after each sync": Bar(_disks.power_cuts, tries=100),
+    "damage in a checkpoint": Bar(_disks.damaged_checkpoints, tries=200),
+    "damage in a cache": Bar(_disks.damaged_caches, tries=100),
+    "damage under a run": Bar(_trials.damaged_runs, tries=20),
+    "two runs in one folder": Bar(_trials.second_runs, tries=20),
+    "a cache shared by readers, writers and kills": Bar(_trials.crowded_caches, tries=20, minutes=1),
+    "hostile text as a recipe": Bar(_trials.fuzzed_texts, tries=10_000, minutes=10),
+    "faults that others pass over": Bar(_planted.planted_faults, tries=14, suite=True),
+    "canaries of code, paths, pages and secrets": Bar(_planted.canaries, tries=50, suite=True),
+}
+"""What is tried -> its bar."""
 
 
 def no_fsync() -> None:
@@ -68,19 +111,24 @@ MUTATIONS = {"fsync": no_fsync, "rename": no_rename, "hash": no_hash, "lock": no
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=10, help="how long; each trial runs once in any case")
+    options.add_argument("--release", action="store_true", help="until each trial has reached its bar")
     options.add_argument("--seed", type=int, default=7)
     options.add_argument("--mutate", choices=MUTATIONS, help="take this safeguard away first")
     wanted = options.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        for name in [name for name, bar in BARS.items() if bar.suite and not wanted.release]:
+            del BARS[name]
+        if refusal := _disks.refusal(Path(folder)):
+            print(f"left out: {BARS.pop('a disk that is full') and refusal}")
         soak = prepared(Path(folder), random.Random(wanted.seed))
         if wanted.mutate:
             MUTATIONS[wanted.mutate]()
-        tallies = soaked(soak, Path(folder), began + 60 * wanted.minutes)
-    print(table(tallies))
-    losses = [loss for tally in tallies.values() for loss in tally.losses]
-    print(f"\nseed {wanted.seed}, {(time.monotonic() - began) / 60:.1f} minutes, {len(losses)} losses")
-    return int(bool(losses))
+        soaked(soak, Path(folder), short if wanted.release else in_time(began + 60 * wanted.minutes))
+    print(table())
+    losses = sum(len(bar.shown.losses) for bar in BARS.values())
+    print(f"\nseed {wanted.seed}, {(time.monotonic() - began) / 60:.1f} minutes, {losses} losses")
+    return int(losses > 0)
 
 
 def prepared(folder: Path, draw: random.Random) -> Soak:
@@ -94,24 +142,36 @@ def prepared(folder: Path, draw: random.Random) -> Soak:
     return soak
 
 
-def soaked(soak: Soak, folder: Path, end: float) -> dict[str, Tally]:
+def short() -> str | None:
+    """The first trial that is short of its bar."""
+    return next((name for name, bar in BARS.items() if not bar.reached), None)
+
+
+def in_time(end: float) -> Callable[[], str | None]:
     """Every trial once, then whichever has had the least time so far, until the time is up."""
-    tallies: dict[str, Tally] = {name: Tally() for name in TRIALS}
-    spent: dict[str, float] = defaultdict(float)
-    turns = 0
-    while turns < len(TRIALS) or time.monotonic() < end:
-        name = min(TRIALS, key=lambda name: spent[name])
-        began = time.monotonic()
-        (room := folder / f"turn-{turns}").mkdir()
-        tally = attempted(TRIALS[name], soak, room)
-        tallies[name].tries += tally.tries
-        tallies[name].losses += tally.losses
+
+    def due() -> str | None:
+        name = min(BARS, key=lambda name: BARS[name].seconds)
+        return name if BARS[name].turns == 0 or time.monotonic() < end else None
+
+    return due
+
+
+def soaked(soak: Soak, folder: Path, due: Callable[[], str | None]) -> None:
+    """Trials, as long as one is due; what is lost is told at once."""
+    while name := due():
+        bar, began = BARS[name], time.monotonic()
+        (room := folder / f"{name}-{bar.turns}").mkdir()
+        tally = attempted(bar.trial, soak, room)
         for loss in tally.losses:
             print(f"LOST  {name}: {loss}", flush=True)
         shutil.rmtree(room, ignore_errors=True)
-        spent[name] += time.monotonic() - began
-        turns += 1
-    return tallies
+        bar.shown.tries += tally.tries
+        bar.shown.losses += tally.losses
+        bar.turns += 1
+        bar.seconds += time.monotonic() - began
+        if bar.reached:
+            print(f"{name}: {bar.shown.tries:,} tries in {bar.seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def attempted(trial: Trial, soak: Soak, room: Path) -> Tally:
@@ -124,11 +184,12 @@ def attempted(trial: Trial, soak: Soak, room: Path) -> Tally:
         return Tally(1, [f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}  {frame.line}  {said}"])
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    """What was tried, how often, and how much was lost."""
-    wide = max(map(len, tallies))
-    lines = [f"{'what':{wide}}   tries  losses"]
-    lines += [f"{name:{wide}}  {tally.tries:6,}  {len(tally.losses):6,}" for name, tally in tallies.items()]
+def table() -> str:
+    """What was tried, in how many turns and how often, and how much was lost."""
+    wide = max(map(len, BARS))
+    lines = [f"{'what':{wide}}  turns   tries  losses"]
+    for name, bar in BARS.items():
+        lines.append(f"{name:{wide}}  {bar.turns:5,}  {bar.shown.tries:6,}  {len(bar.shown.losses):6,}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ Each is refused before the first step or stopped by the second, in one sentence,
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -72,6 +73,10 @@ def command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
             ("stages", 0, "learning_rate", "layer.0"),
             "`layer.0` sets the rate of nothing that trains",
         ),
+    ],
+    ids=[
+        *("no-such-module", "one-of-two-is-none", "a-range-in-brackets", "overruled", "frozen-already", "open-already"),
+        *("all-frozen", "adapters-on-what-is-frozen", "a-rate-of-nothing"),
     ],
 )
 def test_patterns_that_do_nothing(tmp_path: Path, keys: dict[str, Any], key: tuple[str | int, ...], said: str) -> None:
@@ -267,12 +272,41 @@ def test_batchnorm_below_the_frost_line_counts_no_further(tmp_path: Path) -> Non
     assert any(not torch.equal(plain.state_dict()[name], before[name]) for name in before if "embedder" in name)
 
 
+def leaving_out(model: nn.Module) -> None:
+    """transformers leaves out of a file what a model says is not worth keeping."""
+    model._keys_to_ignore_on_save = ["classifier.bias"]
+
+
+def test_head_that_would_not_be_saved(tmp_path: Path, plant: Plant) -> None:
+    plant(leaving_out)
+    sentence, code, happened = stopped(place(tmp_path), freeze=FROZEN)
+    assert sentence.startswith("stage `all`: `classifier.bias` would train and never be saved")
+    assert code == GUARD
+    assert not events(happened, Step)
+
+
 def test_trained_tensor_that_the_saved_model_lacks(tmp_path: Path, plant: Plant) -> None:
-    """transformers leaves out of a file what a model class says is not worth keeping."""
-    plant(lambda model: setattr(model, "_keys_to_ignore_on_save", ["classifier.bias"]))
+    """It says so only once the run is under way."""
+    passes = itertools.count()
+    late = lambda model: leaving_out(model) if next(passes) > 6 else None  # noqa: E731
+    plant(lambda model: model.register_forward_hook(lambda *_: late(model)))
     sentence, code, _ = stopped(place(tmp_path), freeze=FROZEN)
     assert sentence == "the saved model doesn't hold `classifier.bias` as the run ended"
     assert code == GUARD
+
+
+def test_layer_that_is_opened_behind_the_optimizers_back(tmp_path: Path, plant: Plant) -> None:
+    """As a callback does it that unfreezes when training begins: it has gradients, and never moves."""
+
+    def opens(model: nn.Module) -> None:
+        layer = model.bert.encoder.layer[-1]
+        model.register_forward_pre_hook(lambda *_: layer.requires_grad_(True) and None)
+
+    plant(opens)
+    sentence, code, happened = stopped(place(tmp_path), freeze=FROZEN)
+    assert sentence.startswith("stage `all`: the optimizer and the model disagree about `bert.encoder.layer.3.")
+    assert code == GUARD
+    assert not events(happened, Step)
 
 
 def test_stopped_command_has_one_sentence_and_its_code(tmp_path: Path) -> None:

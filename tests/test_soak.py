@@ -60,7 +60,7 @@ def test_a_minute_loses_nothing():
     [
         ("fsync", "a power cut after each sync"),
         ("rename", "a power cut after each sync"),
-        ("hash", "a bit flipped in a checkpoint"),
+        ("hash", "damage in a checkpoint"),
         ("lock", "two runs in one folder"),
     ],
 )

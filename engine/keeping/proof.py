@@ -42,13 +42,12 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
     """An optimizer step on one real batch, or two where the first can't reach everything; looked at closely and undone.
 
     Raises `RunError` where the loss is not finite, where it doesn't reach something that should train, where the
-    optimizer holds anything else, or where something frozen moves, buffers included.
+    optimizer holds anything else or the forward pass opens it, where something frozen moves, buffers included, or where
+    what trains would not be saved.
     """
     names = trainable(model)
-    held = {name for group in optimizer.param_groups for name in group["param_names"]}
-    if held != set(names):
-        odd = sorted(held ^ set(names))[0]
-        raise RunError(f"stage `{stage}`: the optimizer and the model disagree about `{odd}`")
+    _agree(model, optimizer, stage)
+    _savable(model, names, stage)
     before, moving = digests(model), movable(model)
     tensors = {**parameters(model), **{bare(name): buffer for name, buffer in model.named_buffers()}}
     kept = {name: tensors[name].detach().clone() for name in moving}
@@ -57,11 +56,27 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
             if _take_step(optimizer, names, loss, stage):
                 # LoRA's first matrix has no gradient until its second, which starts at 0, has moved.
                 _take_step(optimizer, names, loss, stage)
+        _agree(model, optimizer, stage)
         _stood_still(before, digests(model), moving, f"stage `{stage}`: a trial step")
     finally:
         for name, tensor in kept.items():
             tensors[name].data.copy_(tensor)
         optimizer.zero_grad(set_to_none=True)
+
+
+def _agree(model: nn.Module, optimizer: torch.optim.Optimizer, stage: str) -> None:
+    """Raise `RunError` unless the optimizer holds what trains: what it lacks has gradients and stands still."""
+    held = {name for group in optimizer.param_groups for name in group["param_names"]}
+    if odd := sorted(held ^ set(trainable(model))):
+        raise RunError(f"stage `{stage}`: the optimizer and the model disagree about `{odd[0]}`")
+
+
+def _savable(model: nn.Module, names: Mapping[str, nn.Parameter], stage: str) -> None:
+    """Raise `RunError` where transformers leaves out of a saved model what trains, under each of its names."""
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    saved = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name not in left_out}
+    if lost := [name for name, value in names.items() if id(value) not in saved]:
+        raise RunError(f"stage `{stage}`: {some(lost)} would train and never be saved, for this model leaves it out")
 
 
 @contextmanager
