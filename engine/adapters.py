@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from engine import prompts
 from engine.part import Part, Patterns
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ class Adapter(Part):
     type: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     """PEFT's name of the kind in lower case: `lora`, `ia3`, `vera`, ..."""
     target_modules: Patterns = ()
-    """Patterns of the modules to adapt; only those that some stage unfreezes get one."""
+    """Patterns of the modules to adapt; only those that some stage unfreezes get one. Kinds of virtual tokens
+    (`prompt_tuning`, `p_tuning`, `prefix_tuning`, `cartridge`) have none: they train from the stage that lists them to
+    the one that drops them, whatever is frozen."""
     exclude_modules: Patterns = ()
     """Patterns of modules to leave out."""
 
@@ -42,6 +45,8 @@ SPOKEN_FOR = {
     "target_parameters": "name modules in `target_modules`",
     "inference_mode": "what trains is what stages unfreeze",
     "peft_type": "that is `type`",
+    "tokenizer_name_or_path": "the model's own tokenizer reads the text",
+    "tokenizer_kwargs": "the model's own tokenizer reads the text",
 }
 """Fields of PEFT's configs that a recipe has its own words for: here they would do nothing, or break the names."""
 
@@ -51,8 +56,10 @@ UNFIT = {
     "adalora": "spends its budget of ranks in a call after each step, and no stage makes one",
     "adamss": READ,
     "adaption_prompt": WHOLE,
+    "cpt": "holds its tokens back in each forward pass, even where nothing trains, so no proof would hold",
     "frod": READ,
     "lily": "can't be merged into weights, so no run could save what it learned",
+    "multitask_prompt_tuning": "wants the number of a task with each example, and a recipe has one task",
     "poly": "wants the number of a task with each example, and a recipe has one task",
     "pvera": "merges into other weights than it computes with, so no run could save what it learned",
     "shadow": WHOLE,
@@ -96,13 +103,16 @@ def config(kind: str, fields: dict[str, Any], targets: Sequence[str]) -> PeftCon
         )
     if field := next((name for name in SPOKEN_FOR if fields.get(name, "none") != "none"), None):
         raise ValueError(f"`{field}` has no say in a recipe: {SPOKEN_FOR[field]}")
-    if "target_modules" not in known or kind in UNFIT:
+    if ("target_modules" not in known and kind not in prompts.PROMPTS) or kind in UNFIT:
         raise ValueError(f"`{kind}` {UNFIT.get(kind, WHOLE)}")
     start = str(fields.get("init_lora_weights", True))
     if start not in STARTS and not re.fullmatch(r"pissa_niter_\d+", start):
         raise ValueError(f"`init_lora_weights: {start}` starts from data or quantized weights, and a recipe has none")
+    aims: dict[str, Any] = {} if kind in prompts.PROMPTS else {"target_modules": list(targets)}
+    if fields.get("prompt_tuning_init") == "TEXT":
+        aims["tokenizer_name_or_path"] = "."  # it is known when there is a model
     try:
-        return config_class(target_modules=list(targets), **fields)  # pyright: ignore[reportCallIssue]
+        return config_class(**aims, **fields)  # pyright: ignore[reportCallIssue]
     except (TypeError, ValueError) as error:
         raise ValueError(f"PEFT refuses it: {error}") from error
 
@@ -121,10 +131,13 @@ def attach(model: nn.Module, name: str, config: PeftConfig) -> None:
     try:
         with catch_warnings():
             filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what a recipe may ask for
+            if config.is_prompt_learning:
+                prompts.attach(model, name, config)
+                return
             # The tuner itself, not `inject_adapter_in_model`: that refuses kinds whose layers share matrices (VeRA).
             kind = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # pyright: ignore[reportArgumentType]
             tuner = kind(model, config, adapter_name=name)
-    except (NotImplementedError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, IndexError, AttributeError, OSError) as error:
         raise ValueError(f"PEFT can't put it on this model: {' '.join(str(error).split())}") from error
     model.__dict__.setdefault(TUNERS, {})[name] = tuner  # past `nn.Module`: the model lies in its tuner already
     _activate(model)
@@ -144,7 +157,7 @@ def states(model: nn.Module) -> dict[str, tuple[PeftConfig, dict[str, Any]]]:
         wrapped.__dict__["peft_config"] = configs
         kept = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
         found[name] = (configs[name], kept)
-    return found
+    return found | prompts.states(model)  # the last one: it goes around all others
 
 
 def try_merging(model: nn.Module) -> None:
@@ -170,9 +183,13 @@ def try_merging(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module, how: str) -> None:
-    """Take every adapter off, in place: `merge` adds what it learned to the weights, `drop` forgets it."""
+    """Take every adapter off, in place: `merge` adds what it learned to the weights, `drop` forgets it.
+
+    A prompt is forgotten in any case.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    prompts.detach(model)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             if how == "merge":

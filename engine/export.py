@@ -20,6 +20,7 @@ from engine.errors import ENVIRONMENT, REFUSED, PlanError, RunError
 from engine.keeping import durable
 from engine.keeping.folder import RunFolder, placed
 from engine.load import load
+from engine.prompts import PROMPTS
 from engine.recipe import Recipe
 from engine.report import metric
 from engine.reporting.picture import weight
@@ -94,8 +95,18 @@ def _refuse(folder: RunFolder, to: str, int8: bool, target: Path) -> None:
     if to == "adapter" and not folder.adapter.is_dir():
         what = f"{folder.path} kept no adapters apart: none were on when it ended"
         raise RunError(f"{what}; `--to safetensors` exports the model with all it learned", REFUSED)
+    if to != "adapter" and (kind := _prompt(folder.adapter)):
+        what = f"{folder.path} ended with `{kind}` on, and virtual tokens can't be merged into a model"
+        raise RunError(f"{what}; `--to adapter` exports them and all else that trained", REFUSED)
     if target.exists() and not (target / MARK).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} exists and is no export, so it is not replaced; name another folder", REFUSED)
+
+
+def _prompt(adapter: Path) -> str:
+    """The kind of virtual tokens among the adapters that a run kept apart; empty where there are none."""
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in adapter.rglob("adapter_config.json")]
+    kinds = [str(config["peft_type"]).lower() for config in configs]
+    return next((kind for kind in kinds if kind in PROMPTS), "")
 
 
 def _weights(folder: RunFolder, recipe: Recipe, staged: Path) -> Content:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
+from engine import prompts
 from engine.freezing import eval_mode, parameters
 from engine.frost.replay import Line, Stub, Tap, Turns
 from engine.frost.tracing import Call, Reach, Trace, loss_of, reach, trace
@@ -87,6 +88,8 @@ def _no_question(model: nn.Module, batch: Mapping[str, Any], training: Mapping[i
         return "nothing trains"
     if len(training) == sum(1 for _ in model.parameters()):
         return "everything trains"
+    if prompts.of(model) is not None:
+        return "virtual tokens train, and they change every layer"
     if batch.get("past_key_values") is not None:
         return "the batch brings keys and values of an earlier forward pass, which lie below any frost line"
     config = getattr(model, "config", None)

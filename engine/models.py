@@ -30,6 +30,7 @@ from engine.outline import Outline
 from engine.packages import PREFIX, locate
 from engine.plan import Attachment, Plan, attachments, make
 from engine.planning.forecast import Sizes
+from engine.prompts import virtual_tokens
 from engine.randomness import stable_seed
 from engine.recipe import Model, Recipe
 from engine.tasks import Facts
@@ -124,7 +125,7 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
     recipe.task.equip(made, root)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         vocabulary.complete(tokenizer, recipe.model)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, *_positions(bones))
+        tokenizer.model_max_length = min(tokenizer.model_max_length, *_positions(bones)) - virtual_tokens(recipe)
     return made
 
 

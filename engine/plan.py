@@ -18,6 +18,7 @@ from engine.outline import Outline, Parameter, below
 from engine.planning.forecast import Costs, Forecast, Sizes, forecast
 from engine.planning.layers import Layer, LayerState, layers, states
 from engine.planning.openings import Attachment, Opening, StageOpenings, resolve
+from engine.prompts import virtual_tokens
 from engine.recipe import Recipe
 from engine.schedules.base import EarlyStopping, StageEntry
 
@@ -183,6 +184,8 @@ def _stage(
     earlier: Sequence[Stage],
 ) -> Stage:
     entry, training = opened.entry, recipe.training
+    if any(opening.what == "virtual tokens" for opening in opened.opens):
+        sizes = sizes.lengthened(virtual_tokens(recipe))
     costs = Costs(outline, frozenset(opened.trainable))
     trained, size = costs.trained, sum(parameter.size for parameter in costs.trained)
     before = {name for stage in earlier for name in stage.trainable} if entry.moments == "keep" else set()

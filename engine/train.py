@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from engine import adapters
+from engine import adapters, prompts
 from engine.devices import memory
 from engine.devices.processes import alike, together
 from engine.errors import STOPPED
@@ -56,11 +56,14 @@ class Loop:
             judged, confusion = self._judged(last, last.steps, "test")
             yield judged
             self._keep_confusion(judged, confusion)
-        if adapters.adapted(self.learner.model):
+        prompted = prompts.of(self.learner.model) is not None
+        if prompted or adapters.adapted(self.learner.model):
             write = partial(apart.write, self.learner, self.before.keys())
             together(self.learner.accelerator, lambda: self.folder.save_apart(write))
         self.learner.detach("merge")
         yield from together(self.learner.accelerator, lambda: self.folder.save_model(self.learner, self._proved))
+        if prompted:
+            yield Note(f"virtual tokens can't be merged: {self.folder.model} needs {self.folder.adapter} beside it")
         yield Finished(model=str(self.folder.model), seconds=time.perf_counter() - began)
 
     def _stage(self, stage: Stage) -> Iterator[Event]:

@@ -20,8 +20,10 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from running import FROZEN, events, place, refused, run, stage
 from safetensors.torch import load_file
+from test_prompts import KINDS as VIRTUAL_KINDS
 
 from engine.adapters import UNFIT, WHOLE, config
+from engine.prompts import PROMPTS, TASKS
 from engine.records import Proved, Step
 
 pytestmark = [
@@ -94,9 +96,34 @@ def asked() -> list[Any]:
 
 def test_every_kind_of_the_installed_peft_is_tried_or_refused() -> None:
     configs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    whole = {n for n, c in configs.items() if "target_modules" not in {field.name for field in dataclasses.fields(c)}}
-    assert configs.keys() == KINDS.keys() | UNFIT.keys() | whole
-    assert not KINDS.keys() & (UNFIT.keys() | whole)
+    whole = without_targets()
+    assert configs.keys() == KINDS.keys() | UNFIT.keys() | whole | set(PROMPTS)
+    assert not (KINDS.keys() | set(PROMPTS)) & (UNFIT.keys() | whole)
+
+
+def without_targets() -> set[str]:
+    """Kinds that go to a model as a whole, but for virtual tokens."""
+    configs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    fields = {name: {field.name for field in dataclasses.fields(config)} for name, config in configs.items()}
+    return {name for name in configs if "target_modules" not in fields[name]} - set(PROMPTS)
+
+
+VIRTUAL = """
+## Virtual tokens
+
+They go to a model and not to modules, so no pattern opens them. A prompt is on, and trains, from the stage that lists
+it (the first, where the recipe lists it) to the one that says `then: drop`, whatever is frozen; a stage that lists none
+before it leaves it out. A model has one at a time; kinds on modules may train beside it. In a mapping of rates it
+counts as part of the embeddings: `learning_rate: {"@embeddings": 1e-2}`.
+
+- `then: merge` is refused: virtual tokens are no weights. Kept to the end, they are saved in the run's `adapter/` as
+  PEFT saves them; `model/` is the model without them, and `frostline export` hands on `--to adapter` alone.
+- They change every layer, so nothing lies below the frost line while one is on, and nothing is replayed; the plan says
+  so.
+- They take up positions: texts are cut by so many tokens more.
+- Refused in a sentence: `packing`, FSDP2, `activation_checkpointing` with keys and values, and a GPT-like model that
+  judges a text by its last token together with tokens before the text (`prefix_tuning` trains there).
+"""
 
 
 def table() -> str:
@@ -109,6 +136,10 @@ def table() -> str:
         "from its folder in a clean process. All others are refused before anything trains. Written by",
         "`tests/test_apart.py`.",
         "",
+        "## On modules",
+        "",
+        "Unfreezing a module trains the adapters inside it; where there are none, its weights.",
+        "",
         "| `type` | BERT | Llama | keys that the test gives it |",
         "|---|---|---|---|",
     ]
@@ -119,10 +150,13 @@ def table() -> str:
     for name, fields in VARIANTS.items():
         keys = ", ".join(f"`{key}: {value}`" for key, value in fields.items() if key != "type")
         lines.append(f"| `lora` ({name}) | trains | | {keys} |")
-    lines += ["", "| refused | why |", "|---|---|"]
-    configs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    whole = {n for n, c in configs.items() if "target_modules" not in {field.name for field in dataclasses.fields(c)}}
-    lines += [f"| `{kind}` | {UNFIT.get(kind, WHOLE)} |" for kind in sorted(UNFIT.keys() | whole)]
+    lines += ["", *VIRTUAL.strip().splitlines(), "", "| `type` | trains with | keys that the test gives it |"]
+    lines.append("|---|---|---|")
+    for kind, fields in VIRTUAL_KINDS.items():
+        keys = ", ".join(f"`{key}: {value}`" for key, value in fields.items())
+        lines.append(f"| `{kind}` | {', '.join(auto.removeprefix('AutoModelFor') for auto in TASKS[kind])} | {keys} |")
+    lines += ["", "## Refused", "", "| `type` | why |", "|---|---|"]
+    lines += [f"| `{kind}` | {UNFIT.get(kind, WHOLE)} |" for kind in sorted(UNFIT.keys() | without_targets())]
     return "\n".join(line.replace("dense|mlp", "dense\\|mlp") for line in lines) + "\n"
 
 
@@ -143,14 +177,14 @@ def test_what_a_llama_can_not_have_is_one_sentence(tmp_path: Path, kind: str) ->
 
 
 def test_refusals_are_one_sentence_each(tmp_path: Path) -> None:
-    for kind in (*UNFIT, "prompt_tuning", "prefix_tuning", "p_tuning", "xlora", "cpt", "cartridge"):
+    for kind in (*UNFIT, *without_targets()):
         with pytest.raises(ValueError, match=f"^`{kind}` [^.]*$") as caught:
             config(kind, {}, ["query"])
         print(f"| `{kind}` | {caught.value} |")
-    adapter = {"type": "prefix_tuning", "target_modules": "query"}
+    adapter = {"type": "xlora", "target_modules": "query"}
     key, said = refused(place(tmp_path), freeze=FROZEN, adapters=[adapter], stages=[stage(unfreeze="@blocks[-2:]")])
     assert key == ("adapters", 0)
-    assert said == f"`prefix_tuning` {WHOLE}"
+    assert said == f"`xlora` {WHOLE}"
 
 
 @pytest.mark.parametrize("adapter", asked())

@@ -18,7 +18,7 @@ ENGINE = ROOT / "engine"
 FILES = sorted(ENGINE.rglob("*.py"))
 
 FLOORS = """
-0 errors part outline patterns records metrics packages randomness adapters tasks schedules
+0 errors part outline patterns records metrics packages randomness adapters prompts tasks schedules
 0 grammar/names advising/budget
 1 recipe load grammar
 2 plan planning supervise advising/units advising/answers advising/advice sweeping/points sweeping/curve sweeping/search

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine.errors import PlanError, Problem, RunError
+from engine.prompts import listed
 from engine.recipe import Recipe
 
 NO_CACHE = "nothing is kept while FSDP2 spreads the model"
@@ -28,6 +29,9 @@ def refuse(recipe: Recipe, accelerator: Accelerator) -> None:
     if recipe.model.dtype != "float32":
         what = "FSDP2 gathers a layer's weights in one precision, and those that train are float32"
         raise PlanError([Problem(("model", "dtype"), what, "leave the key out")])
+    for prompt in listed(recipe):
+        what = f"`{prompt.type}` has PEFT call the model within its own forward pass, which FSDP2 doesn't expect"
+        raise RunError(f"{what}; use DDP (`--multi_gpu` without `--use_fsdp`)", exit_code=2)
     if recipe.task.writes:
         what = f"{recipe.task.type} is judged by what the model writes, which takes all of it on each device"
         raise RunError(f"{what}; use DDP (`--multi_gpu` without `--use_fsdp`)", exit_code=2)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine import prompts
 from engine.freezing import bare, eval_mode
 from engine.modelling.pricing import prices
 from engine.outline import Module, Outline, Parameter, below
@@ -84,7 +85,10 @@ def _read(model: nn.Module) -> Outline:
 
 
 def _parameters(model: nn.Module, modules: set[str]) -> Iterator[Parameter]:
-    """Every parameter once; an adapter's belongs to the innermost module of the bare model around it."""
+    """Every parameter once; an adapter's belongs to the innermost module of the bare model around it.
+
+    A prompt's belong to the word embeddings, which its virtual tokens come beside or after.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     aliases: dict[int, list[str]] = {}
@@ -95,7 +99,11 @@ def _parameters(model: nn.Module, modules: set[str]) -> Iterator[Parameter]:
         first, *others = dict.fromkeys(aliases[id(tensor)])
         module = first.rpartition(".")[0]
         adapter = None
-        if module not in modules and module:
+        if below(first, prompts.HELD) and (wrap := prompts.of(model)) is not None:
+            words = wrap.word_embeddings
+            module = next(name for name, each in model.named_modules() if each is words)
+            adapter = first.split(".")[1]
+        elif module not in modules and module:
             module = next(layer for layer in tuned if below(module, layer))
             adapter = next(
                 part for part in bare(name)[len(module) + 1 :].split(".") if part in _adapters_of(tuned[module])

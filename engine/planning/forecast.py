@@ -7,7 +7,7 @@ measured. A forecast decides nothing: what is replayed in fact is for the run to
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from engine.outline import Amount, Module, Outline, below
@@ -44,6 +44,11 @@ class Sizes:
     def assumed(cls, examples: int, tokens: int) -> Sizes:
         """As many tokens in each row as the model was tried with, and a tenth as many rows to judge by."""
         return cls(examples, round(examples * HELD_OUT), tokens, tokens**2, tokens, known=False)
+
+    def lengthened(self, tokens: int) -> Sizes:
+        """The same with so many tokens more in each row."""
+        squared = self.squared + 2 * tokens * self.mean + tokens**2
+        return replace(self, mean=self.mean + tokens, squared=squared, longest=self.longest + tokens)
 
 
 @dataclass(frozen=True)

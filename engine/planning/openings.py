@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine import prompts
 from engine.adapters import Adapter, rewrites
 from engine.errors import Key, Problem
 from engine.outline import Outline, Parameter, below
@@ -33,7 +34,7 @@ class Opening:
     modules: tuple[str, ...]
     """The modules it names, outermost only."""
     what: str
-    """`weights` or `adapters`, or both where it names several modules."""
+    """`weights` or `adapters`, or both where it names several modules; `virtual tokens` of a kind of adapter."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def resolve(recipe: Recipe, outline: Outline) -> Openings:
         if not trainable and not adapters.open(index):
             walk.blame(key, f"stage `{entry.name}` trains nothing", "unfreeze something in it")
         opens = tuple(adapters.opening(index, change.pattern, roots) for change in changes if change.opens)
+        opens += adapters.prompting(index)
         rates = _rates(walk, entry, key, trainable)
         stages.append(StageOpenings(index, entry, opens, adapters.attached(index), trainable, rates))
     return Openings(tuple(stages), tuple(dict.fromkeys(walk.problems)))
@@ -217,6 +219,9 @@ class _Adapters:
             self._place(adapter, key, earliest)
 
     def _place(self, adapter: Adapter, key: Key, earliest: int) -> None:
+        if adapter.type in prompts.PROMPTS:
+            self._prompt(adapter, key, earliest)
+            return
         targets = self._targets(adapter, key, earliest)
         starts = [i for i in range(earliest, len(self.stages)) if any(self._open(t, i) for t in targets)]
         if not starts:
@@ -228,10 +233,29 @@ class _Adapters:
         if rewrites(adapter.fields) and self.stages[last].then == "drop":
             what = f"`{adapter.type}` rewrites the weights below it for its start, so it can't be dropped"
             self.walk.blame(key, what, f"`then: merge` in stage `{self.stages[last].name}`, or another start")
-        again = sum(attachment.kind == adapter.type for _, _, attachment in self.spans)
-        name = adapter.type + (str(again + 1) if again else "")
         fields = self._fields(adapter, key, kept)
-        self.spans.append((first, last, Attachment(name, adapter.type, fields, kept, key)))
+        self.spans.append((first, last, Attachment(self._name(adapter), adapter.type, fields, kept, key)))
+
+    def _name(self, adapter: Adapter) -> str:
+        again = sum(attachment.kind == adapter.type for _, _, attachment in self.spans)
+        return adapter.type + (str(again + 1) if again else "")
+
+    def _prompt(self, adapter: Adapter, key: Key, first: int) -> None:
+        """Virtual tokens belong to no module: they train from the stage that lists them to the one that drops them."""
+        recipe, kind = self.walk.recipe, adapter.type
+        last = next((i for i in range(first, len(self.stages)) if self.stages[i].then != "keep"), len(self.stages) - 1)
+        aims = bool(adapter.target_modules or adapter.exclude_modules)
+        packed, again = getattr(recipe.task, "packing", False), recipe.training.activation_checkpointing
+        if said := prompts.refusal(kind, adapter.fields, recipe.task.auto, aims=aims, packed=packed, recomputed=again):
+            self.walk.blame(key, said)
+        elif self.stages[last].then == "merge":
+            what = f"`{kind}` can't be merged into weights, as stage `{self.stages[last].name}` asks for"
+            self.walk.blame(key, what, "`then: drop` forgets it; kept to the end, it is saved beside the model")
+        elif other := next((a.name for b, e, a in self.spans if a.kind in prompts.PROMPTS and first <= e), ""):
+            self.walk.blame(key, f"`{other}` is on already, and a model has one prompt at a time", "drop it before")
+        else:
+            fields = {**adapter.fields, "task_type": prompts.TASKS[kind][recipe.task.auto]}
+            self.spans.append((first, last, Attachment(self._name(adapter), kind, fields, (), key)))
 
     def _fields(self, adapter: Adapter, key: Key, targets: tuple[str, ...]) -> dict[str, Any]:
         """PEFT's fields, modules that are named by patterns among them by their full names."""
@@ -282,17 +306,19 @@ class _Adapters:
         return tuple(attachment for first, _, attachment in self.spans if first == stage)
 
     def open(self, stage: int) -> bool:
-        """Whether any module with an adapter is open, though the outline may not have the adapter's parameters yet."""
-        return any(self._open(target, stage) for attachment in self.present(stage) for target in attachment.targets)
+        """Whether any adapter trains, though the outline may not have its parameters yet."""
+        return any(not each.targets or any(self._open(t, stage) for t in each.targets) for each in self.present(stage))
 
     def trainable(self, stage: int, roots: Roots) -> tuple[str, ...]:
         """Names of the parameters that train: adapters where the module that was unfrozen holds some, else weights."""
-        present = {attachment.name for attachment in self.present(stage)}
+        always = {opening.pattern for opening in self.prompting(stage)}
+        present = {attachment.name for attachment in self.present(stage)} - always
         adapted = self._adapted_roots(stage, roots)
         return tuple(
             parameter.name
             for parameter in self.walk.outline.parameters
-            if (parameter.adapter in present and any(self._open(holder, stage) for holder in self._holders(parameter)))
+            if (parameter.adapter in always and not parameter.name.endswith(prompts.FIXED))
+            or (parameter.adapter in present and any(self._open(holder, stage) for holder in self._holders(parameter)))
             or (parameter.adapter is None and parameter.name in roots and roots[parameter.name] not in adapted)
         )
 
@@ -304,6 +330,11 @@ class _Adapters:
     def _adapted_roots(self, stage: int, roots: Roots) -> set[str]:
         targets = [target for attachment in self.present(stage) for target in attachment.targets]
         return {root for root in set(roots.values()) if any(below(target, root) for target in targets)}
+
+    def prompting(self, stage: int) -> tuple[Opening, ...]:
+        """The virtual tokens of a stage; they count as part of the embeddings."""
+        on = [attachment for attachment in self.present(stage) if attachment.kind in prompts.PROMPTS]
+        return tuple(Opening(attachment.name, self.walk.outline.embeddings, "virtual tokens") for attachment in on)
 
     def opening(self, stage: int, pattern: str, roots: Roots) -> Opening:
         selection = select(pattern, self.walk.outline)

@@ -23,7 +23,7 @@ DEARER = 0.15
 
 def notes(recipe: Recipe, plan: Plan, outline: Outline) -> tuple[str, ...]:
     """A sentence for each stage and reason."""
-    asked = (_deep, _unkept, _recomputed)
+    asked = (_deep, _prompted, _unkept, _recomputed)
     found = [note for stage in plan.stages for ask in asked for note in ask(recipe, stage, plan, outline)]
     return tuple(dict.fromkeys(found))
 
@@ -49,6 +49,14 @@ def _deep(_recipe: Recipe, stage: Stage, _plan: Plan, outline: Outline) -> Itera
                 f"without them the frost line lies higher and a step costs {saved:.0%} less"
             )
             return
+
+
+def _prompted(_recipe: Recipe, stage: Stage, _plan: Plan, _outline: Outline) -> Iterator[str]:
+    """Virtual tokens, below which nothing is ever kept."""
+    for opening in stage.opens:
+        if opening.what == "virtual tokens":
+            what = f"the virtual tokens of `{opening.pattern}` change every layer"
+            yield f"stage `{stage.name}`: {what}, so nothing lies below the frost line and nothing is replayed"
 
 
 def _layers(outline: Outline) -> list[str]:

@@ -8,10 +8,12 @@ merged. Several adapters have a folder each. It saves nothing where no adapter i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any
 
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -19,6 +21,7 @@ from transformers import PreTrainedConfig
 from engine import adapters
 from engine.learner import Learner
 from engine.packages import PREFIX
+from engine.prompts import PROMPTS
 from engine.recipe import Model
 
 WEIGHTS = "weights.safetensors"
@@ -44,7 +47,7 @@ def write(learner: Learner, own: Collection[str], folder: Path) -> None:
     tensors = learner.tensors()
     save_file({name: _plain(tensors[name]) for name in sorted(changed)}, folder / WEIGHTS)
     model.config.save_pretrained(folder)  # pyright: ignore
-    (folder / "README.md").write_text(_readme(described, learner.recipe.task.auto, list(states)), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(described, learner.recipe.task.auto, states), encoding="utf-8")
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -62,15 +65,18 @@ def _grown(model: nn.Module, revision: str | None) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in rows]
 
 
-def _readme(model: Model, auto: str, names: list[str]) -> str:
+def _readme(model: Model, auto: str, states: Mapping[str, tuple[PeftConfig, Any]]) -> str:
     """What lies here and the lines of code that put it together again."""
+    beside = "The same, merged into one model, lies in `../model`."
+    if any(config.is_prompt_learning for config, _ in states.values()):
+        beside = "Virtual tokens can't be merged: `../model` is the model without them."
     return f"""# Adapters for {model.path}
 
-{", ".join(names)}, trained by Frostline. `{WEIGHTS}` holds what else of the model trained. The same, merged into one
-model, lies in `../model`. This puts them together again, from the folder above this one:
+{", ".join(states)}, trained by Frostline. `{WEIGHTS}` holds what else of the model trained.
+{beside} This puts them together again, from the folder above this one:
 
 ```python
-{code(model, auto, names, "adapter")}
+{code(model, auto, list(states), "adapter")}
 ```
 """
 
@@ -99,11 +105,14 @@ def code(model: Model, auto: str, names: Sequence[str], folder: str) -> str:
 def _loading(names: Sequence[str], folder: str) -> list[str]:
     if len(names) == 1:
         return [f"model = PeftModel.from_pretrained(model, {folder!r})"]
+    inside = [name for name in names if name.rstrip("0123456789") not in PROMPTS]
+    around = [f"model = PeftModel.from_pretrained(model, '{folder}/{name}')" for name in names if name not in inside]
     return [
-        f"for name in {list(names)!r}:",
+        f"for name in {inside!r}:",
         f'    model = PeftModel.from_pretrained(model, f"{folder}/{{name}}", adapter_name=name).base_model.model',
         "for layer in model.modules():  # all at once: PEFT by itself has only the last one take part",
         '    if hasattr(layer, "adapter_layer_names"):',
         "        held = {name for part in layer.adapter_layer_names for name in getattr(layer, part)}",
         "        layer.set_adapter(sorted(held))",
+        *around,
     ]
