@@ -127,6 +127,9 @@ def _graph(to: str, int8: bool, root: Path) -> Callable[[RunFolder, Recipe, Path
     """What writes a run's model as a graph."""
 
     def write(folder: RunFolder, recipe: Recipe, staged: Path) -> Content:
+        if recipe.model.quantization_config is not None:
+            what = f"{folder.path} has quantised weights, which no graph can hold"
+            raise RunError(f"{what}; `--to safetensors` exports them as they are", REFUSED)
         if int8:
             quantized.refuse(recipe.task)
         rows = data.read(recipe, root)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
-from engine.modelling import packed, trust, vocabulary
+from engine.modelling import packed, quantizing, trust, vocabulary
 from engine.modelling.outlining import outline
 from engine.optim import schedule_problems
 from engine.outline import Outline
@@ -88,6 +88,7 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
         packs = packed.file(recipe.model, place)
         written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision, **packs)
         trust.refuse_config(recipe.model, written)
+        quantizing.refuse_checkpoint(recipe.model, written)
         _refuse_timm(recipe.model, written)
         how = {"revision": revision, "trust_remote_code": False, **packs}
         made = transformers.AutoConfig.from_pretrained(place, **how, **settings)
@@ -157,11 +158,18 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
 
-def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: nn.Module | None = None) -> Loaded:
+def load(
+    recipe: Recipe,
+    facts: Facts,
+    root: Path,
+    prepares: Any = None,
+    bones: nn.Module | None = None,
+    plan: Plan | None = None,
+) -> Loaded:
     """The real model in float32 or the recipe's `dtype`, its new parts initialised from the recipe's seed alone.
 
     `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does. `bones` is the skeleton,
-    where there is one already.
+    where there is one already. What `plan` never trains is quantised, where the recipe says so and there is a plan.
     """
     settings, place = config(recipe, facts, root), source(recipe.model, root)
     trust.refuse_weights(recipe.model, place)
@@ -181,6 +189,7 @@ def load(recipe: Recipe, facts: Facts, root: Path, prepares: Any = None, bones: 
             ignore_mismatched_sizes=True,  # a head of another size is a new head, and told of below
             output_loading_info=True,
             **packed.weights(recipe.model, place),
+            **quantizing.weights(recipe.model, plan, bones),
             **({"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}),
         )
     unpacked = packed.forget(recipe.model, model)
@@ -219,7 +228,9 @@ def draft(
     for attachment in wanted:
         put(bones, attachment, tried=True)
     full = outline(bones, random, bare) if wanted else bare
-    return planned(recipe, full, examples, sizes), full
+    plan = planned(recipe, full, examples, sizes)
+    quantizing.refuse(recipe, plan)
+    return plan, full
 
 
 def planned(recipe: Recipe, read: Outline, examples: int, sizes: Sizes | None = None) -> Plan:

@@ -56,6 +56,10 @@ class Model(Part):
     """Name of a GGUF file there, whose weights are unpacked as they are read."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights in memory; what trains is always float32."""
+    quantization_config: dict[str, Any] | None = None
+    """Frozen weights in 8 or 4 bits, in the fields of transformers' own class: `{quant_method: bitsandbytes,
+    load_in_4bit: true}`, or `{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`. What a stage trains as weights
+    is never quantised; adapters are not merged."""
     attn_implementation: str | None = None
     """How attention is computed: `eager`, `sdpa`, `flash_attention_2`, ..."""
     pad_token: Annotated[str, Field(min_length=1)] | None = None

@@ -167,12 +167,12 @@ def _ready(
     together(accelerator, lambda: models.config(recipe, Facts(), root) and None)  # before the data are read
     rows = first(accelerator, lambda: data.read(recipe, root))
     bones = models.skeleton(recipe, rows.facts, root)
-    _, outline = models.draft(recipe, bones, rows.count)  # refuse before any download
+    drafted, outline = models.draft(recipe, bones, rows.count)  # refuse before any download
     optim.obtain(recipe.training)
     processor = models.processor(recipe, root, bones)
     encoded = first(accelerator, lambda: data.encode(rows, recipe.task, processor))
     base = memory.taken(accelerator.device)
-    model = models.load(recipe, rows.facts, root, processor, bones)
+    model = models.load(recipe, rows.facts, root, processor, bones, drafted)
     encoded = refer(encoded, recipe.task, processor, model.model, accelerator)
     sizes = data.sizes(encoded.train, encoded.validation)
     plan = models.planned(recipe, replace(outline, random=model.random), len(encoded.train), sizes)

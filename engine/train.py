@@ -26,6 +26,7 @@ from engine.keeping.movement import Start
 from engine.keeping.position import Best, Position
 from engine.keeping.proof import Digests, compare, digests
 from engine.learner import Learner
+from engine.modelling.quantizing import quantized
 from engine.plan import Plan, Stage
 from engine.records import Evaluated, Event, Finished, Note, StageEnded, StageStarted, Step
 from engine.shipping import apart
@@ -56,14 +57,16 @@ class Loop:
             judged, confusion = self._judged(last, last.steps, "test")
             yield judged
             self._keep_confusion(judged, confusion)
-        prompted = prompts.of(self.learner.model) is not None
-        if prompted or adapters.adapted(self.learner.model):
+        model = self.learner.model
+        prompted, adapted, quantised = prompts.of(model) is not None, adapters.adapted(model), quantized(model)
+        if prompted or adapted:
             write = partial(apart.write, self.learner, self.before.keys())
             together(self.learner.accelerator, lambda: self.folder.save_apart(write))
-        self.learner.detach("merge")
+        self.learner.detach("drop" if quantised else "merge")
         yield from together(self.learner.accelerator, lambda: self.folder.save_model(self.learner, self._proved))
-        if prompted:
-            yield Note(f"virtual tokens can't be merged: {self.folder.model} needs {self.folder.adapter} beside it")
+        if prompted or (adapted and quantised):
+            what = "virtual tokens" if prompted else "what adapters of quantised weights learned"
+            yield Note(f"{what} can't be merged: {self.folder.model} needs {self.folder.adapter} beside it")
         yield Finished(model=str(self.folder.model), seconds=time.perf_counter() - began)
 
     def _stage(self, stage: Stage) -> Iterator[Event]:

@@ -29,6 +29,9 @@ def refuse(recipe: Recipe, accelerator: Accelerator) -> None:
     if recipe.model.dtype != "float32":
         what = "FSDP2 gathers a layer's weights in one precision, and those that train are float32"
         raise PlanError([Problem(("model", "dtype"), what, "leave the key out")])
+    if recipe.model.quantization_config is not None:
+        what = "FSDP2 splits weights in one precision, and those that are quantised have another"
+        raise PlanError([Problem(("model", "quantization_config"), what, "use DDP, or leave the key out")])
     for prompt in listed(recipe):
         what = f"`{prompt.type}` has PEFT call the model within its own forward pass, which FSDP2 doesn't expect"
         raise RunError(f"{what}; use DDP (`--multi_gpu` without `--use_fsdp`)", exit_code=2)
@@ -55,8 +58,13 @@ def all_whole(tensors: Mapping[Name, torch.Tensor]) -> dict[Name, torch.Tensor]:
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore
+    """What this process holds of a tensor; of one that is made of others, as torchao's are, all their bits."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # pyright: ignore
+    return torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in inner])
 
 
 def like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from engine.devices import shards
 from engine.frost import capturing
 from engine.frost.capturing import Collate, Source, Survey
 from engine.frost.replay import Line
@@ -278,6 +279,6 @@ def _adapter(module: Any) -> str:
 def _add(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = shards.share(tensor.detach()).cpu().contiguous().reshape(-1)
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)

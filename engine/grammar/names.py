@@ -176,7 +176,7 @@ _ANSWERS: dict[str, str] = {
     "memory is looked after by itself: a batch that doesn't fit is taken in smaller parts": (
         "use_cache auto_find_batch_size"
     ),
-    "quantised weights can't be trained or merged here; use `model.dtype: bfloat16` to save memory": (
+    "write `model: {quantization_config: {quant_method: bitsandbytes, load_in_4bit: true}}`": (
         "load_in_8bit load_in_4bit quantization_config quantization quantize"
     ),
     "write `adapters: [{type: lora, r: 8, lora_alpha: 16}]`": (

@@ -30,7 +30,7 @@ from engine.importing.config import Config
 INSIDE = re.compile(r"\^?(\w+_layernorm|self_attn|mlp|block_sparse_moe|attention|layers|norm)\b")
 """Names of what lies inside of language models: no parameter's name starts with them."""
 ROWS = re.compile(r"(.+)\[[0-9]*(?::[0-9]*)?\]")
-QUANTISED = "weights aren't quantised here; they are held in bfloat16, which takes two to four times that"
+QUANTISED = "weights are held in bfloat16 here; `model.quantization_config` would quantise them"
 NEVER = "matches from the start of a name, and none starts so: axolotl trains nothing by it"
 
 

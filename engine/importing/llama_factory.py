@@ -65,7 +65,7 @@ class LlamaFactory(Tool):
         if config.has("quantization_bit"):
             config.take("quantization_bit")
             draft.model["dtype"] = "bfloat16"
-            what = "weights aren't quantised here; they are held in bfloat16, which takes two to four times that"
+            what = "weights are held in bfloat16 here; `model.quantization_config` would quantise them"
             config.note("quantization_bit", what)
         attention(config, draft, str(config.take("flash_attn", "")))
         _task(config, draft)

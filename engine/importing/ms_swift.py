@@ -109,7 +109,7 @@ def _model(config: Config, draft: Draft) -> None:
     if config.has("quant_bits"):
         config.take("quant_bits")
         draft.model["dtype"] = "bfloat16"
-        config.note("quant_bits", "weights aren't quantised here; they are held in bfloat16")
+        config.note("quant_bits", "weights are held in bfloat16; `model.quantization_config` would quantise them")
     attention(config, draft, str(config.take("attn_impl", "")))
     if not config.flag("use_hf"):
         config.note("model", "a name of ModelScope; see that the Hub has it by the same")

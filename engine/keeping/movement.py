@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.freezing import bare, parameters
+from engine.modelling.quantizing import packed, unpacked
 from engine.planning.layers import Layer
 
 SAMPLE = 65_536
@@ -22,7 +23,14 @@ class Start:
     """Where the weights of a model were before anything trained."""
 
     def __init__(self, model: nn.Module):
-        self.samples = {name: _sample(tensor) for name, tensor in parameters(model).items()}
+        held = packed(model)
+        self.still = frozenset(held)
+        """What is quantised, and so never changes by itself."""
+        self.samples: dict[str, torch.Tensor] = {}
+        self.sizes: dict[str, int] = {}
+        for name, tensor in parameters(model).items():
+            whole = unpacked(held[name]) if name in held else tensor
+            self.samples[name], self.sizes[name] = _sample(whole), whole.numel()
 
     def moved(self, model: nn.Module, layers: Iterable[Layer]) -> dict[str, float]:
         """Layer -> norm of the change of its weights as a share of the norm they had, its adapters taken into account.
@@ -34,7 +42,7 @@ class Start:
         moved: dict[str, float] = {}
         for layer in layers:
             names = [name for name in layer.parameters if name in self.samples and name in now]
-            start = math.fsum(_squares(self.samples[name], now[name]) for name in names)
+            start = math.fsum(_squares(self.samples[name], self.sizes[name]) for name in names)
             if start:
                 moved[layer.name] = math.sqrt(
                     math.fsum(self._squared_change(name, now[name], changes.get(name)) for name in names) / start
@@ -42,10 +50,11 @@ class Start:
         return moved
 
     def _squared_change(self, name: str, tensor: torch.Tensor, adapted: torch.Tensor | None) -> float:
-        change = _sample(tensor) - self.samples[name]
+        was = self.samples[name]
+        change = torch.zeros_like(was) if name in self.still else _sample(tensor) - was
         if adapted is not None:
             change = change + adapted
-        return _squares(change, tensor)
+        return _squares(change, self.sizes[name])
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -55,9 +64,9 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return flat[::stride].float().cpu().clone()
 
 
-def _squares(sample: torch.Tensor, tensor: torch.Tensor) -> float:
-    """The sum of squares of a tensor, as its sample tells it."""
-    return float(sample.double().square().sum()) * tensor.numel() / max(1, sample.numel())
+def _squares(sample: torch.Tensor, size: int) -> float:
+    """The sum of squares of a tensor of `size` elements, as its sample tells it."""
+    return float(sample.double().square().sum()) * size / max(1, sample.numel())
 
 
 ADDITIVE = {"c3a", "fourierft", "gralora", "loha", "lokr", "lora", "peanut", "randlora", "tinylora", "unilora"}

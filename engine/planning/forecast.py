@@ -213,13 +213,26 @@ def _replayed(recipe: Recipe, costs: Costs, sizes: Sizes, steps: int, steps_per_
     return wanted and costs.outline.measured and under >= WORTH and steps / steps_per_epoch + judged > 1
 
 
+def _held(recipe: Recipe, costs: Costs, frozen: int) -> float:
+    """Bytes of so many frozen elements; where they are quantised, those of linear modules take 8 or 4 bits each."""
+    item, fields = ITEM[recipe.model.dtype], recipe.model.quantization_config
+    if fields is None:
+        return item * frozen
+    linear, trained = {m.name for m in costs.outline.modules if m.kind == "Linear"}, {p.name for p in costs.trained}
+    matrices = (p for p in costs.outline.parameters if p.module in linear and p.adapter is None and len(p.shape) > 1)
+    packed = sum(parameter.size for parameter in matrices if parameter.name not in trained)
+    return item * (frozen - packed) + packed * (
+        0.5 if fields.get("load_in_4bit") or "Int4" in str(fields.get("quant_type")) else 1.0
+    )
+
+
 def _memory(
     recipe: Recipe, costs: Costs, sizes: Sizes, rows: float, replayed: bool, optimizer: int, copied: bool
 ) -> Memory:
     size = sum(parameter.size for parameter in costs.trained)
     # What adapters of other stages take is little.
     frozen = costs.outline.size - sum(parameter.size for parameter in costs.trained if parameter.adapter is None)
-    weights = 4 * size + ITEM[recipe.model.dtype] * frozen
+    weights = 4 * size + _held(recipe, costs, frozen)
     micro = min(recipe.per_device_batch_size or recipe.batch_size, recipe.batch_size)
     each = rows / recipe.batch_size  # an example may have several rows
     again, turning = recipe.training.activation_checkpointing, micro * each * costs.turning(sizes.longest)

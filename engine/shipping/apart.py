@@ -68,6 +68,8 @@ def _grown(model: nn.Module, revision: str | None) -> list[str]:
 def _readme(model: Model, auto: str, states: Mapping[str, tuple[PeftConfig, Any]]) -> str:
     """What lies here and the lines of code that put it together again."""
     beside = "The same, merged into one model, lies in `../model`."
+    if model.quantization_config is not None:
+        beside = "Quantised weights can't take what they learned: `../model` is the model without it."
     if any(config.is_prompt_learning for config, _ in states.values()):
         beside = "Virtual tokens can't be merged: `../model` is the model without them."
     return f"""# Adapters for {model.path}
@@ -82,7 +84,14 @@ def _readme(model: Model, auto: str, states: Mapping[str, tuple[PeftConfig, Any]
 
 
 def code(model: Model, auto: str, names: Sequence[str], folder: str) -> str:
-    """The lines of Python that put the adapters in a folder and the model they are for together again."""
+    """The lines of Python that put the adapters in a folder and the model they are for together again.
+
+    Of a model that is quantised, that is the run's own, which holds what was quantised as it was and all that trained.
+    """
+    if model.quantization_config is not None:
+        given = f'model = {auto}.from_pretrained("model")  # the one beside it: quantised as when this was trained'
+        loads = ["from peft import PeftModel", f"from transformers import {auto}", "", given]
+        return "\n".join([*loads, *_loading(names, folder), "model.eval()"])
     hub = not model.path.startswith((PREFIX, ".", "/"))
     where = "" if hub else "  # the folder that the recipe means by this"
     named = {"revision": model.revision, "gguf_file": model.gguf_file}
