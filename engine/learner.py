@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import adapters, freezing, models, optim
 from engine.data import Encoded, Split
-from engine.devices import shards, shortage
+from engine.devices import layerdrop, memory, shards, shortage
 from engine.devices.batchnorm import Statistics
 from engine.devices.processes import agree, alike
 from engine.errors import PlanError, Problem
@@ -56,6 +56,7 @@ class Learner:
         self.task, self.batching, self.cache = recipe.task, batching, cache
         self.spread = accelerator.is_fsdp2
         """Whether the model lies whole in the host's memory between stages, and is split over the devices within."""
+        memory.own(model)
         self.model = model if self.spread else model.to(accelerator.device)
         self.processor = processor
         self.collate = self.task.collate(processor)
@@ -84,6 +85,7 @@ class Learner:
             self.restructure(stage)
         names = frozenset(stage.trainable)
         if self.spread:
+            layerdrop.refuse(self.model, (stage, *ahead), self.accelerator)
             self.whole, self.model = self.model, deepcopy(self.model)
         freezing.obey(self.model, names)
         agree(f"what trains in stage `{stage.name}`", sorted(freezing.trainable(self.model)))
@@ -108,6 +110,7 @@ class Learner:
         """Try the stage and hand it to the accelerator; where that spreads the model, the other way round."""
         if not self.spread:
             shortage.fit(self)
+        layerdrop.announce(self.model, self.accelerator)
         optimizer = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.spread:

@@ -70,10 +70,7 @@ class Soak:
 
     def fresh(self, root: Path) -> Path:
         """The place of the whole run without the run."""
-        for part in ("model", "rows"):
-            shutil.copytree(self.whole / part, root / part)
-        shutil.copy(self.whole / "staged.yaml", root)
-        return root
+        return staged.fresh(self.whole, root)
 
     def same(self, root: Path) -> str:
         """What differs between a run and the one that nothing has cut off; empty if nothing does."""

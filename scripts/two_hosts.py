@@ -160,9 +160,7 @@ def undisturbed(root: Path) -> Path:
 
 def tried(loss: Loss, pair: tuple[Host, Host], whole: Path, root: Path, draw: random.Random) -> str:
     """What is wrong with a run that lost something on the way; empty if nothing is."""
-    for part in ("model", "rows"):
-        shutil.copytree(whole / part, root / part)
-    staged.write(root)
+    staged.fresh(whole, root)
     (root / "process.py").write_text(PROCESS.format(root=str(ROOT), timeout=TIMEOUT, pace=PACE))
     run, whole_lines = Pair(pair, root), len((staged.folder(whole) / "metrics.jsonl").read_bytes().splitlines())
     if not run.reaches(at := draw.randrange(2, whole_lines - 4)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import cli, learner, start  # noqa: F401
+from engine.keeping.proof import digests
 
 Plant = Callable[[int], object]
 """What a test does to a rank, given its number, before the command begins in it."""
@@ -63,6 +65,14 @@ def place(root: Path, train: int = 22, validation: int = 13, **recipe: Any) -> P
     tiny.save(tiny.bert(), root / "model")
     tiny.write_jsonl(root / "rows/train.jsonl", reviews[:train])
     tiny.write_jsonl(root / "rows/validation.jsonl", reviews[train:])
+    write(root, **recipe)
+    return root
+
+
+def fresh(whole: Path, root: Path, **recipe: Any) -> Path:
+    """The place of another run without that run, for a recipe with some of its keys replaced."""
+    for part in ("model", "rows"):
+        shutil.copytree(whole / part, root / part)
     write(root, **recipe)
     return root
 
@@ -162,6 +172,18 @@ def signal_at(number: int, which: signal.Signals, rank: int = 0) -> Plant:
 def said(root: Path, rank: int = 0) -> str:
     """What a rank printed."""
     return (root / f"rank-{rank}.out").read_text()
+
+
+def write_boundaries(root: Path, rank: int) -> None:
+    """Have a rank write down the digest of every tensor after each stage, a line each, in `root/boundaries-<n>`."""
+    leave = learner.Learner.leave
+
+    def written(self: learner.Learner) -> None:
+        leave(self)
+        with (root / f"boundaries-{rank}").open("a") as file:
+            file.write(json.dumps(digests(self.model)) + "\n")
+
+    learner.Learner.leave = written
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:

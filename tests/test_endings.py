@@ -45,10 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(whole: Path, tmp_path: Path) -> Path:
     """The same place without the run."""
-    for part in ("model", "rows"):
-        shutil.copytree(whole / part, tmp_path / part)
-    staged.write(tmp_path, **SHORT)
-    return tmp_path
+    return staged.fresh(whole, tmp_path, **SHORT)
 
 
 @pytest.fixture

@@ -337,6 +337,7 @@ def test_render_orders_by_place_and_takes_any_problem(tmp_path: Path):
 def test_nothing_printed_can_drive_a_terminal(tmp_path: Path):
     hostile = "\x1b]0;title\x07\u202eevil\u2066\x9b31m\r\nnext"
     assert clean(hostile) == "]0;titleevil31m next"
+    assert clean("a\u05ebb\ue000c\U00011500d\u2000e\xa0f") == "abcd e f"  # no characters, for some, and odd spaces
     told = refused(write(tmp_path, SMALLEST + '"\\e]0;pwned\\a\\u202e": 1\n'))
     assert told.isprintable()
 

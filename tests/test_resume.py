@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,14 +20,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing has cut off."""
     root = staged.place(tmp_path_factory.mktemp("whole"))
     assert staged.run(root) == [0]
-    return root
-
-
-def fresh(whole: Path, root: Path, **recipe: object) -> Path:
-    """The same place without the run."""
-    for part in ("model", "rows"):
-        shutil.copytree(whole / part, root / part)
-    staged.write(root, **recipe)
     return root
 
 
@@ -51,7 +42,7 @@ def test_a_run_tells_every_step_once(whole: Path):
 @pytest.mark.parametrize("which", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_cut_off_in_every_step_of_every_stage(whole: Path, tmp_path: Path, which: signal.Signals):
     """One run, cut off again and again: a polite signal after each step, a kill in each step after the first."""
-    root = fresh(whole, tmp_path, training={**staged.RECIPE["training"], "save_steps": 1})
+    root = staged.fresh(whole, tmp_path, training={**staged.RECIPE["training"], "save_steps": 1})
     cuts, code = 0, -1
     while code:
         (code,) = staged.run(root, plant=staged.signal_at(1 if which == signal.SIGTERM else 2, which))
@@ -62,7 +53,7 @@ def test_cut_off_in_every_step_of_every_stage(whole: Path, tmp_path: Path, which
 
 
 def test_what_early_stopping_knows_survives(whole: Path, tmp_path: Path):
-    root = fresh(whole, tmp_path)
+    root = staged.fresh(whole, tmp_path)
     best = [event for event in staged.history(whole) if event["event"] == "evaluated" and event["stage"] == "top"]
     assert [event["best"] for event in best] == [True, False, False]
     begun = 3 + 4 + 5  # between the first evaluation without a gain and the second
@@ -81,7 +72,7 @@ def test_half_precision_weights_that_have_trained_come_back_whole(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     stages = [staged.STAGES[0], {"name": "top", "unfreeze": "@blocks[-1:]", "steps": 4, "learning_rate": 1e-3}]
     recipe = {"model": {"path": "model", "dtype": "bfloat16"}, "stages": stages, "cache": "off"}
-    plain, cut = (fresh(whole, tmp_path / name, **recipe) for name in ("plain", "cut"))
+    plain, cut = (staged.fresh(whole, tmp_path / name, **recipe) for name in ("plain", "cut"))
     assert staged.run(plain) == [0], staged.said(plain)
     assert staged.run(cut, plant=staged.signal_at(6, signal.SIGKILL)) == [-signal.SIGKILL]
     assert staged.run(cut) == [0]
@@ -92,7 +83,7 @@ def test_half_precision_weights_that_have_trained_come_back_whole(
 def test_with_and_without_a_cache(whole: Path, tmp_path: Path, size: int, exact: bool):
     """Equal to the bit, but for products of fewer rows than their kernel takes at once: 1e-7 of a weight at most."""
     off, on = (
-        fresh(whole, tmp_path / mode, cache=mode, per_device_batch_size=size, evaluation={"eval_steps": 2})
+        staged.fresh(whole, tmp_path / mode, cache=mode, per_device_batch_size=size, evaluation={"eval_steps": 2})
         for mode in ("off", "auto")
     )
     assert staged.run(off) == staged.run(on) == [0]
@@ -117,10 +108,10 @@ def killed_at_random(root: Path, draw: random.Random, kills: int, longest: float
 def test_killed_at_random_three_times_in_each_of_twenty_runs(whole: Path, tmp_path: Path):
     draw, hit, equal = random.Random(7), 0, 0
     began = time.monotonic()
-    assert staged.run(fresh(whole, tmp_path / "timed")) == [0]
+    assert staged.run(staged.fresh(whole, tmp_path / "timed")) == [0]
     longest = time.monotonic() - began
     for number in range(20):
-        root = fresh(whole, tmp_path / str(number))
+        root = staged.fresh(whole, tmp_path / str(number))
         hit += killed_at_random(root, draw, 3, longest)
         assert staged.run(root) == [0], staged.said(root)
         equal += same(whole, root)
@@ -133,7 +124,7 @@ def test_killed_at_random_three_times_in_each_of_twenty_runs(whole: Path, tmp_pa
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGKILL])
 def test_cut_off_once_at_each_step(whole: Path, tmp_path: Path, which: signal.Signals):
     for step in staged.steps(whole):
-        root = fresh(whole, tmp_path / str(step))
+        root = staged.fresh(whole, tmp_path / str(step))
         assert staged.run(root, plant=staged.signal_at(step, which)) == [143 if which == signal.SIGTERM else -which]
         assert staged.run(root) == [0], staged.said(root)
         assert same(whole, root), step

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from engine.devices import processes
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def spread(_rank: int = 0) -> None:
-    """Have a rank find FSDP2 as it would on accelerators."""
+def spread(_rank: int = 0, layer: str = "BertLayer") -> None:
+    """Have a rank find FSDP2 as it would on accelerators, for a model of such layers."""
 
     def accelerator(cpu: bool, **more: object) -> accelerate.Accelerator:
         accelerate.PartialState(cpu=cpu)
@@ -31,7 +30,7 @@ def spread(_rank: int = 0) -> None:
         plugin = accelerate.FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["BertLayer"],
+            transformer_cls_names_to_wrap=[layer],
             cpu_ram_efficient_loading=False,
         )
         return accelerate.Accelerator(fsdp_plugin=plugin, **more)
@@ -49,13 +48,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = staged.place(tmp_path_factory.mktemp("one"))
     assert staged.run(root) == [0]
-    return root
-
-
-def fresh(one: Path, root: Path, **recipe: object) -> Path:
-    for part in ("model", "rows"):
-        shutil.copytree(one / part, root / part)
-    staged.write(root, **recipe)
     return root
 
 
@@ -99,7 +91,7 @@ def told(root: Path) -> list[dict[str, object]]:
 def test_a_short_stage_with_adapters(tmp_path: Path):
     stages = [staged.STAGES[1] | {"steps": 2}]
     one = staged.place(tmp_path / "one", stages=stages)
-    two = fresh(one, tmp_path / "two", stages=stages)
+    two = staged.fresh(one, tmp_path / "two", stages=stages)
     assert staged.run(one) == [0]
     assert staged.run(two, ranks=2, plant=spread) == [0, 0], staged.said(two) + staged.said(two, 1)
     assert apart(one, two) < 1e-6
@@ -108,7 +100,7 @@ def test_a_short_stage_with_adapters(tmp_path: Path):
 @pytest.mark.slow
 def test_spread_is_one_and_goes_on_as_it_was(one: Path, tmp_path: Path):
     """Stopped in the stage with adapters; each holds half of what trains; the proof is the same as that of one."""
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
 
     def stopped(rank: int) -> None:
         spread()
@@ -126,7 +118,7 @@ def test_spread_is_one_and_goes_on_as_it_was(one: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_a_run_goes_on_spread_or_not(one: Path, tmp_path: Path):
     """Two spread ones, one alone, two that are not, one alone, two spread ones; a kill in between."""
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     turns = [(2, True, 2), (1, False, 2), (2, False, 3), (1, False, 3)]
     for ranks, spreads, steps in turns:
 
@@ -156,7 +148,7 @@ def test_a_run_goes_on_spread_or_not(one: Path, tmp_path: Path):
     ],
 )
 def test_what_no_run_can_go_by_is_refused_at_once(rows: Path, tmp_path: Path, variables: dict[str, str], says: str):
-    root = fresh(rows, tmp_path)
+    root = staged.fresh(rows, tmp_path)
 
     def plant(rank: int) -> None:
         os.environ |= {f"ACCELERATE_{name}": value for name, value in variables.items()}
@@ -169,7 +161,7 @@ def test_what_no_run_can_go_by_is_refused_at_once(rows: Path, tmp_path: Path, va
 
 
 def test_fsdp_that_accelerate_would_leave_out_is_refused(rows: Path, tmp_path: Path):
-    root = fresh(rows, tmp_path)
+    root = staged.fresh(rows, tmp_path)
     variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     codes = staged.run(root, ranks=2, plant=lambda _: os.environ.update(variables))
     assert codes in ([2, 2], [2, 3]), staged.said(root)
@@ -178,6 +170,6 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(rows: Path, tmp_path: P
 
 def test_frozen_weights_of_another_precision_are_refused(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    root = fresh(rows, tmp_path, model={"path": "model", "dtype": "bfloat16"})
+    root = staged.fresh(rows, tmp_path, model={"path": "model", "dtype": "bfloat16"})
     assert staged.run(root, ranks=2, plant=spread) == [2, 2], staged.said(root)
     assert "FSDP2 gathers a layer's weights in one precision" in staged.said(root)

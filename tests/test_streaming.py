@@ -91,30 +91,35 @@ def test_a_run_reads_on_and_says_so(tmp_path: Path) -> None:
     assert any("read as a stream" in event.sentence for event in events(happened, Note))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["text-generation", "fill-mask"])
-def test_cut_off_and_resumed_it_is_the_uninterrupted_run(tmp_path: Path, task: str) -> None:
+def streaming(root: Path, task: str) -> Path:
+    """A place for staged runs, which go over a stream of 60 rows twice."""
     keys: dict[str, Any] = {
         "task": task,
         "data": {"path": "rows", "streaming": True},
-        "stages": [{"name": "head", "steps": 3}, {"name": "top", "unfreeze": "@blocks[-2:]", "steps": 4}],
-        "evaluation": {"eval_steps": 2},
+        "stages": [{"name": "head", "steps": 3}, {"name": "top", "unfreeze": "@blocks[-2:]", "steps": 12}],
+        "evaluation": {"eval_steps": 4},
     }
-    roots = []
-    for name in ("one", "two"):
-        root = staged.place(tmp_path / name, **keys, freeze="@blocks")
-        tiny.write_jsonl(root / "rows/train.jsonl", TEXTS)
-        tiny.write_jsonl(root / "rows/validation.jsonl", TEXTS[:8])
-        model = tiny.llama() if task == "text-generation" else tiny.bert(kind="BertForMaskedLM")
-        tiny.save(model, root / "model", tiny.byte_level() if task == "text-generation" else None)
-        roots.append(root)
-    whole, cut = roots
+    staged.place(root, **keys, freeze="@blocks")
+    tiny.write_jsonl(root / "rows/train.jsonl", TEXTS)
+    tiny.write_jsonl(root / "rows/validation.jsonl", TEXTS[:8])
+    model = tiny.llama() if task == "text-generation" else tiny.bert(kind="BertForMaskedLM")
+    tiny.save(model, root / "model", tiny.byte_level() if task == "text-generation" else None)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["text-generation", "fill-mask"])
+def test_cut_off_and_resumed_it_is_the_uninterrupted_run(tmp_path: Path, task: str) -> None:
+    """On one process and on two in turn, for two read the same stream."""
+    whole, cut, two = (streaming(tmp_path / name, task) for name in ("whole", "cut", "two"))
     assert staged.run(whole) == [0], staged.said(whole)
-    for _ in range(3):
-        staged.run(cut, plant=staged.signal_at(3, staged.signal.SIGKILL))
+    for ranks in (1, 2, 1):
+        staged.run(cut, ranks=ranks, plant=staged.signal_at(3, staged.signal.SIGKILL))
     assert staged.run(cut) == [0], staged.said(cut)
-    assert staged.equal(staged.weights(whole), staged.weights(cut))
-    assert staged.history(whole) == staged.history(cut)
+    assert staged.run(two, ranks=2) == [0, 0], staged.said(two) + staged.said(two, 1)
+    for other in (cut, two):
+        assert staged.equal(staged.weights(whole), staged.weights(other))
+        assert staged.history(whole) == staged.history(other)
 
 
 # Refusals

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import running
+import staged
 import tiny
 import torch
 import transformers
@@ -133,6 +134,22 @@ def test_a_frozen_prefix_is_replayed(tmp_path: Path, make: Any) -> None:
     assert started.frozen.startswith("replays")
     losses = [[event.loss for event in running.events(happened, Step)] for happened in (plain, kept)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("make", [yolos, detr])
+def test_two_devices_find_what_one_does(tmp_path: Path, make: Any) -> None:
+    """Half of a batch has another number of objects than the other half, or none."""
+    one, two = (place(tmp_path / name, make()) for name in ("one", "two"))
+    stages = [{"name": "all", "steps": 4, "learning_rate": 1e-3}]
+    for root, ranks in ((one, 1), (two, 2)):
+        staged.write(root, task="object-detection", freeze=[], stages=stages, evaluation={"eval_steps": 2})
+        assert staged.run(root, ranks=ranks) == [0] * ranks, staged.said(root) + staged.said(root, ranks - 1)
+    judged = [[each["metrics"] for each in staged.history(root) if each["event"] == "evaluated"] for root in (one, two)]
+    assert len(judged[0]) == 2
+    assert judged[0] == judged[1]
+    assert staged.equal(staged.weights(one), staged.weights(two))
 
 
 def test_examples_do_not_depend_on_their_company(tmp_path: Path) -> None:

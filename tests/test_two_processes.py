@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import staged
 
 from engine import data, freezing, judging, learner, start, train
 from engine.devices import processes
-from engine.keeping.proof import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 ROOT = Path(__file__).parent.parent
@@ -34,13 +32,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fresh(one: Path, root: Path, **recipe: object) -> Path:
-    for part in ("model", "rows"):
-        shutil.copytree(one / part, root / part)
-    staged.write(root, **recipe)
-    return root
-
-
 def same(one: Path, other: Path) -> bool:
     """Whether weights and records are equal; the mean loss of a step is summed in another order on two devices."""
     for mine, its in itertools.zip_longest(staged.history(one), staged.history(other)):
@@ -49,22 +40,11 @@ def same(one: Path, other: Path) -> bool:
     return staged.equal(staged.weights(one), staged.weights(other))
 
 
-def write_boundaries(root: Path, rank: int) -> None:
-    """Have a rank write down the digest of every tensor after each stage."""
-    leave = learner.Learner.leave
-
-    def written(self: learner.Learner) -> None:
-        leave(self)
-        with (root / f"boundaries-{rank}").open("a") as file:
-            file.write(json.dumps(digests(self.model)) + "\n")
-
-    learner.Learner.leave = written
-
-
 def test_two_are_one(one: Path, tmp_path: Path):
     """The cache, filled by both, is in use."""
-    root = fresh(one, tmp_path)
-    assert staged.run(root, ranks=2, plant=lambda rank: write_boundaries(root, rank)) == [0, 0], staged.said(root, 1)
+    root = staged.fresh(one, tmp_path)
+    codes = staged.run(root, ranks=2, plant=lambda rank: staged.write_boundaries(root, rank))
+    assert codes == [0, 0], staged.said(root, 1)
     assert "replays" in staged.said(root)
     assert staged.said(root, 1) == ""
     assert same(one, root)
@@ -74,7 +54,7 @@ def test_two_are_one(one: Path, tmp_path: Path):
 
 
 def test_one_goes_on_as_two_and_two_as_one(one: Path, tmp_path: Path):
-    root, ranks = fresh(one, tmp_path), itertools.cycle([1, 2])
+    root, ranks = staged.fresh(one, tmp_path), itertools.cycle([1, 2])
     for number, steps in ((1, 2), (2, 3), (1, 4), (2, 4)):
         codes = staged.run(root, ranks=number, plant=staged.signal_at(steps, signal.SIGTERM, rank=number - 1))
         assert codes == [143] * number, staged.said(root)
@@ -86,7 +66,7 @@ def test_one_goes_on_as_two_and_two_as_one(one: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_micro_batches_stay_what_they_were_when_the_devices_become_fewer(one: Path, tmp_path: Path):
     """Without a ceiling, two devices take four examples each and one would take eight: dropout would be another."""
-    root = fresh(one, tmp_path, per_device_batch_size=None)
+    root = staged.fresh(one, tmp_path, per_device_batch_size=None)
     assert staged.run(root, ranks=2, plant=staged.signal_at(6, signal.SIGTERM)) == [143, 143]
     assert staged.run(root) == [0]
     assert same(one, root)
@@ -97,7 +77,7 @@ def test_an_evaluation_is_the_same_on_one_two_and_three(one: Path, tmp_path: Pat
     still = [{"name": "head", "steps": 4, "learning_rate": 1e-30}]
     judged = []
     for ranks in (1, 2, 3):
-        root = fresh(one, tmp_path / str(ranks), stages=still, evaluation={"eval_steps": 2, "batch_size": 1})
+        root = staged.fresh(one, tmp_path / str(ranks), stages=still, evaluation={"eval_steps": 2, "batch_size": 1})
         assert staged.run(root, ranks=ranks) == [0] * ranks
         judged.append([event["metrics"] for event in staged.history(root) if event["event"] == "evaluated"])
     assert judged[0] == judged[1] == judged[2]
@@ -117,14 +97,14 @@ def test_early_stopping_is_decided_once(one: Path, tmp_path: Path):
         if rank == 1:
             train.judge = ever_better
 
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     assert staged.run(root, ranks=2, plant=plant) == [0, 0], staged.said(root, 1)
     assert same(one, root)
 
 
 @pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_run(one: Path, tmp_path: Path, lost: int):
-    root, began = fresh(one, tmp_path), time.monotonic()
+    root, began = staged.fresh(one, tmp_path), time.monotonic()
     codes = staged.run(root, ranks=2, plant=staged.signal_at(5, signal.SIGKILL, rank=lost))
     assert time.monotonic() - began < 30
     assert codes[lost] == -signal.SIGKILL
@@ -137,7 +117,7 @@ def test_a_killed_process_ends_the_run(one: Path, tmp_path: Path, lost: int):
 
 def test_a_silent_process_ends_the_run(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "TIMEOUT", processes.timedelta(seconds=5))
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     stops = staged.at_step(5, lambda: os.kill(os.getpid(), signal.SIGSTOP), rank=1)
     first, second = staged.begin(root, ranks=2, plant=stops)
     try:
@@ -162,7 +142,7 @@ def test_a_first_process_that_is_long_at_work_is_waited_for(one: Path, tmp_path:
 
         data.encode = slowly
 
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     assert staged.run(root, ranks=2, plant=plant) == [0, 0], staged.said(root, 1)
     assert same(one, root)
 
@@ -175,7 +155,7 @@ def test_a_first_process_that_hangs_at_work_is_given_up(one: Path, tmp_path: Pat
         if rank == 0:
             data.encode = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
 
-    first, second = staged.begin(fresh(one, tmp_path), ranks=2, plant=plant)
+    first, second = staged.begin(staged.fresh(one, tmp_path), ranks=2, plant=plant)
     try:
         assert staged.ends([second]) == [3], staged.said(tmp_path, 1)
         assert staged.said(tmp_path, 1).splitlines()[-1].startswith(GONE)
@@ -185,7 +165,7 @@ def test_a_first_process_that_hangs_at_work_is_given_up(one: Path, tmp_path: Pat
 
 
 def test_a_failure_of_the_first_is_told_once(one: Path, tmp_path: Path):
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     (root / "rows/train.jsonl").write_text('{"text": "a", "label": 3}\n{"text": "b"}\n')
     assert staged.run(root, ranks=2) == [2, 2]
     assert "train.jsonl" in staged.said(root) or "label" in staged.said(root)
@@ -201,7 +181,7 @@ def test_hosts_that_share_no_storage_are_told_at_the_start(one: Path, tmp_path: 
             here = start.RunFolder
             start.RunFolder = lambda path: here(path.with_name("elsewhere"))
 
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     assert staged.run(root, ranks=2, plant=plant) == [3, 3], staged.said(root, 1)
     assert staged.said(root, 1).splitlines()[-1].endswith("give all hosts the same storage")
 
@@ -212,14 +192,14 @@ def test_what_trains_is_compared(one: Path, tmp_path: Path):
         if rank == 1:
             freezing.obey = lambda model, names: obey(model, names - {"classifier.bias"})
 
-    codes = staged.run(fresh(one, tmp_path), ranks=2, plant=plant)
+    codes = staged.run(staged.fresh(one, tmp_path), ranks=2, plant=plant)
     assert codes == [5, 5]
     assert "the processes disagree about what trains in stage `head`" in staged.said(tmp_path)
 
 
 def test_launches_that_split_the_brain(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each for itself would train on all rows, and write into the same folder."""
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
 
     def blind(_rank: int) -> None:
         processes.Accelerator = lambda cpu, **more: accelerate.Accelerator(**more)
@@ -238,12 +218,34 @@ def test_launches_that_split_the_brain(one: Path, tmp_path: Path, monkeypatch: p
     assert not staged.folder(root).exists()
 
 
-def test_a_first_that_never_comes_is_a_sentence(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_that_never_comes_is_a_sentence(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int):
+    """The other ends by itself, without a launcher that would end it."""
     monkeypatch.setattr(processes, "TIMEOUT", processes.timedelta(seconds=2))
-    root = fresh(one, tmp_path)
-    assert staged.run(root, ranks=2, plant=lambda rank: os._exit(0) if rank == 0 else None) == [0, 3]
-    assert staged.said(root, 1).splitlines()[-1].startswith("the processes of this run did not find each other")
-    assert "Traceback" not in staged.said(root, 1)
+    root = staged.fresh(one, tmp_path)
+    codes = staged.run(root, ranks=2, plant=lambda rank: os._exit(0) if rank == lost else None)
+    assert (codes[lost], codes[1 - lost]) == (0, 3)
+    said = staged.said(root, 1 - lost)
+    assert said.splitlines()[-1].startswith("the processes of this run did not find each other")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_that_is_lost_while_they_meet_is_a_sentence(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+):
+    """Between the two meetings that a run begins with."""
+    monkeypatch.setattr(processes, "TIMEOUT", processes.timedelta(seconds=5))
+
+    def plant(rank: int) -> None:
+        if rank == lost:
+            processes.distributed.new_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+    root = staged.fresh(one, tmp_path)
+    codes = staged.run(root, ranks=2, plant=plant)
+    assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, 3)
+    assert staged.said(root, 1 - lost).splitlines()[-1].startswith("the processes of this run did not find each other")
 
 
 def launch(root: Path, *options: str) -> subprocess.Popen[str]:
@@ -255,7 +257,7 @@ def launch(root: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def test_the_real_launcher(one: Path, tmp_path: Path):
-    root = fresh(one, tmp_path)
+    root = staged.fresh(one, tmp_path)
     run = launch(root, "--multi_gpu")
     said, _ = run.communicate(timeout=200)
     assert run.returncode == 0, said
@@ -265,7 +267,7 @@ def test_the_real_launcher(one: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_launch_that_starts_one_instead_of_two(one: Path, tmp_path: Path):
-    run = launch(fresh(one, tmp_path), "--cpu")
+    run = launch(staged.fresh(one, tmp_path), "--cpu")
     said, _ = run.communicate(timeout=200)
     assert run.returncode != 0
     assert said.count("starts one process, whatever N is") == 1
@@ -274,7 +276,7 @@ def test_the_launch_that_starts_one_instead_of_two(one: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_real_launcher(one: Path, tmp_path: Path, which: signal.Signals):
-    root = fresh(one, tmp_path, stages=[{"name": "head", "steps": 5000, "learning_rate": 1e-4}])
+    root = staged.fresh(one, tmp_path, stages=[{"name": "head", "steps": 5000, "learning_rate": 1e-4}])
     run = launch(root, "--multi_gpu")
     while not list(staged.folder(root).glob("checkpoints/stage*")):
         assert run.poll() is None

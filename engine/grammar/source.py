@@ -15,10 +15,13 @@ MOST_LINES = 20
 
 
 def clean(text: str) -> str:
-    """Text that is safe to print: no control characters, no marks that turn the direction of writing; breaks become
-    spaces."""
-    spaced = " ".join(text.split("\n"))
-    return "".join(sign for sign in spaced if unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    """Text that is safe to print: nothing without a shape of its own, such as a control character or a mark that turns
+    the direction of writing; breaks and spaces of any kind become plain spaces."""
+    return "".join(sign if sign.isprintable() else " " if _is_space(sign) else "" for sign in text)
+
+
+def _is_space(sign: str) -> bool:
+    return sign == "\n" or unicodedata.category(sign) == "Zs"
 
 
 class Source:

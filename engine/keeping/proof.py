@@ -6,8 +6,7 @@ It compares bits and nothing else, and it leaves the model as it found it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from engine.devices import shards
+from engine.devices.layerdrop import every_layer
 from engine.errors import RunError
 from engine.freezing import bare, movable, parameters, trainable
 from engine.records import Proved
@@ -52,7 +52,7 @@ def canary(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[]
     tensors = {**parameters(model), **{bare(name): buffer for name, buffer in model.named_buffers()}}
     kept = {name: tensors[name].detach().clone() for name in moving}
     try:
-        with _every_layer(model):
+        with every_layer(model):
             if _take_step(optimizer, names, loss, stage):
                 # LoRA's first matrix has no gradient until its second, which starts at 0, has moved.
                 _take_step(optimizer, names, loss, stage)
@@ -77,25 +77,6 @@ def _savable(model: nn.Module, names: Mapping[str, nn.Parameter], stage: str) ->
     saved = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name not in left_out}
     if lost := [name for name, value in names.items() if id(value) not in saved]:
         raise RunError(f"stage `{stage}`: {some(lost)} would train and never be saved, for this model leaves it out")
-
-
-@contextmanager
-def _every_layer(model: nn.Module) -> Iterator[None]:
-    """No layer is left out at random meanwhile (layerdrop), for one that is has no gradient, though it does train."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    kept = [
-        (holder, name, getattr(holder, name))
-        for holder in (*configs.values(), *model.modules())
-        for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-        if isinstance(getattr(holder, name, None), float)
-    ]
-    for holder, name, _ in kept:
-        setattr(holder, name, 0.0)
-    try:
-        yield
-    finally:
-        for holder, name, value in kept:
-            setattr(holder, name, value)
 
 
 def _take_step(
