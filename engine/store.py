@@ -173,6 +173,7 @@ class Store:
         self.cuts: tuple[str, ...] = tuple(header["cuts"])
         self.size = sum(file["size"] for file in header["files"].values())
         self._columns = [self._map(header["files"], f"cut{place}") for place in range(len(self.cuts))]
+        self._tables = [self._table(columns) for columns in self._columns]
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Store | None:
@@ -198,6 +199,21 @@ class Store:
         index = np.fromfile(self.path / f"{stem}.index", dtype=np.int64).reshape(self.count, -1)
         rows = _mapped(self.path / f"{stem}.rows", files[f"{stem}.rows"]["size"], DTYPES[self.dtype])
         return index, rows, _mapped(self.path / f"{stem}.scales", files[f"{stem}.scales"]["size"], torch.float32)
+
+    def _table(self, columns: tuple[np.ndarray, Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """All rows in the order they were written in, and each example's place there; None where shapes differ."""
+        index, rows, _ = columns
+        if self.dtype == "int8" or not self.count or not (index[:, 2:] == index[0, 2:]).all():
+            return None
+        shape = index[0, 2:].tolist()
+        return rows.view(self.count, *shape), torch.from_numpy(index[:, 0] // max(1, math.prod(shape)))
+
+    def rows(self, cut: int, indices: Sequence[int]) -> Tensor | list[Tensor]:
+        """What some examples have at a cut: one tensor, batch first, where all rows of the cut have the same shape."""
+        if (table := self._tables[cut]) is None:
+            return [self.row(cut, index) for index in indices]
+        rows, places = table
+        return rows[places[torch.as_tensor(indices)]]
 
     def row(self, cut: int, index: int) -> Tensor:
         """What example `index` has at a cut, without a batch axis; a view of the file, unless it's int8."""

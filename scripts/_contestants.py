@@ -5,7 +5,8 @@
 Everyone gets the same model, rows, batch size, epochs and rates, keeps its other defaults, and judges after each epoch.
 `training` is what lies between a model in memory and its last evaluation: with us also the search for the frost line,
 capture, its check and the checkpoints; with the peers the building of their trainers. The peers get their examples
-encoded and in memory beforehand.
+encoded and in memory beforehand. Libraries are imported before, with everyone: scikit-learn, which we score with and
+the peers don't, is part of the whole process and no part of training.
 """
 
 from __future__ import annotations
@@ -51,12 +52,19 @@ def uncached(scenario: Scenario, data: Path, folder: Path) -> Result:
     return _ours(scenario, data, folder, False)
 
 
+def constant(scenario: Scenario, data: Path, folder: Path) -> Result:
+    """Rates that stay what they are, as finetuning-scheduler's do: to compare what is learned."""
+    return _ours(scenario, data, folder, True, ["training.lr_scheduler_type=constant"], own="constant")
+
+
 def again(scenario: Scenario, data: Path, folder: Path) -> Result:
     """A second run, with another seed, on what `cached` has kept."""
     return _ours(scenario, data, folder, True, ["seed=14"])
 
 
-def _ours(scenario: Scenario, data: Path, folder: Path, cache: bool, overrides: Sequence[str] = ()) -> Result:
+def _ours(
+    scenario: Scenario, data: Path, folder: Path, cache: bool, overrides: Sequence[str] = (), own: str = "runs"
+) -> Result:
     from ruamel.yaml import YAML
 
     from engine import start
@@ -66,7 +74,7 @@ def _ours(scenario: Scenario, data: Path, folder: Path, cache: bool, overrides: 
     file, clock, result = folder / f"recipe-{os.getpid()}.yaml", Clock(), Result()
     with file.open("w") as stream:
         YAML().dump(_scenarios.recipe(scenario, data, cache), stream)
-    for event in start.run(load(file, overrides), file.stem, ROOT, folder / "runs", fresh=True):
+    for event in start.run(load(file, overrides), file.stem, ROOT, folder / own, fresh=True):
         match event:
             case Started():
                 clock.start()
@@ -273,10 +281,11 @@ def _schedule(scenario: Scenario, found: torch.nn.Module) -> dict[int, Any]:
     return schedule
 
 
-CONTESTANTS = {each.__name__: each for each in (cached, uncached, again, trainer, grouped, scheduler)}
+CONTESTANTS = {each.__name__: each for each in (cached, uncached, again, constant, trainer, grouped, scheduler)}
 
 
 def main(name: str, scenario: str, data: str, epochs: str, folder: str) -> None:
+    import sklearn.metrics  # noqa: F401
     import transformers
 
     warnings.simplefilter("ignore")

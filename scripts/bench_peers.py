@@ -35,6 +35,7 @@ METRICS = ("torchmetrics==1.9.0",)
 TITLES = {
     "cached": "Frostline",
     "again": "Frostline, second run",
+    "constant": "Frostline, constant rates",
     "uncached": "Frostline, cache off",
     "trainer": "Trainer",
     "grouped": "Trainer, grouped by length",
@@ -46,7 +47,7 @@ Record = dict[str, Any]
 def against(scenario: Scenario) -> list[str]:
     """Who does a scenario, ours first: its second run needs what the first one keeps."""
     if len(scenario.phases) > 1:
-        return ["cached", "uncached", "trainer", "scheduler"]
+        return ["cached", "constant", "uncached", "trainer", "scheduler"]
     return ["cached", "again", "uncached", "trainer"] + (["grouped"] if scenario.text else [])
 
 

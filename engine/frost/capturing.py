@@ -25,6 +25,13 @@ Kind = Literal["fixed", "tokens", "other"]
 """What a kept row's first axis follows: nothing, the attention mask, or something else (frames of sound)."""
 WINDOW = 512
 """Examples looked at together where only those of one shape may share a forward pass."""
+TOKENS, EXAMPLES, LEAST = 512, 16, 4
+"""What a processor computes at once: as many tokens, as many examples that have none, at least as many of any length.
+
+Of more, each takes up to a quarter longer, for they leave the processor's own cache.
+"""
+LONGER = 1 / 16
+"""Share by which an example may be longer than the shortest that it is padded with."""
 
 
 class Source(Protocol):
@@ -65,8 +72,8 @@ class Survey:
     """Some examples, collated."""
 
 
-def survey(line: Line, source: Source, collate: Collate) -> Survey | Refusal:
-    """Look at a few examples, the shortest and the longest among them; refuse what is never the same twice."""
+def survey(lines: Sequence[Line], source: Source, collate: Collate) -> list[Survey] | Refusal:
+    """Look at a few examples for each line, the shortest and the longest among them; refuse what never is the same."""
     if not len(source):
         return Refusal("there are no examples")
     order = by_length(source, range(len(source)))
@@ -75,10 +82,28 @@ def survey(line: Line, source: Source, collate: Collate) -> Survey | Refusal:
     if not same(batch, again):
         return Refusal("examples come out differently each time (augmentation or masking), so nothing can be kept")
     ends = (order[0], order[-1])
-    batches = [on_device(collate(source.examples([index])), line) for index in ends]
-    rows = [[without_padding(t, b, "other")[0] for t in line.capture(b)] for b in batches]
+    batches = [on_device(collate(source.examples([index])), lines[0]) for index in ends]
+    taps = [tap for line in lines for tap in line.taps]
+    rows = [[without_padding(t, b, "other")[0] for t in capture(lines[0].model, taps, b)] for b in batches]
+    surveys, first = [], 0
+    for line in lines:
+        end = first + len(line.taps)
+        surveys.append(_surveyed(line, source, ends, batches, [each[first:end] for each in rows], batch))
+        first = end
+    return surveys
+
+
+def _surveyed(
+    line: Line,
+    source: Source,
+    ends: tuple[int, int],
+    batches: Sequence[Batch],
+    rows: Sequence[Sequence[Tensor]],
+    batch: Batch,
+) -> Survey:
+    """What the shortest and the longest example say; `rows` holds what each has at the line's cuts."""
     kinds = [_kind(line, slot, batches, rows) for slot in range(len(line.taps))]
-    masked = all("attention_mask" in b for b in batches) and source.lengths is not None
+    masked = all("attention_mask" in each for each in batches) and source.lengths is not None
     encodes = bool(getattr(getattr(line.model, "config", None), "is_encoder_decoder", False))
     return Survey(
         examples=ends,
@@ -118,19 +143,49 @@ def by_length(source: Source, indices: Sequence[int]) -> list[int]:
     return list(indices) if lengths is None else sorted(indices, key=lambda index: int(lengths[index]))
 
 
-def groups(source: Source, indices: Sequence[int], most: int, mixes: bool) -> Iterator[tuple[list[int], list[Example]]]:
+def room(source: Source, most: int, processor: bool) -> Callable[[int], int]:
+    """Example -> how many share a forward pass where it is the longest: `most`, or what a processor takes at once."""
+    lengths = source.lengths
+    if not processor:
+        return lambda _: most
+    if lengths is None:
+        return lambda _: min(most, EXAMPLES)
+    return lambda index: min(most, max(LEAST, TOKENS // max(1, int(lengths[index]))))
+
+
+def groups(
+    source: Source, indices: Sequence[int], fits: Callable[[int], int], mixes: bool
+) -> Iterator[tuple[list[int], list[Example]]]:
     """What shares a forward pass: neighbours in length where padding is cut off again, else examples of one shape."""
     order = by_length(source, indices)
-    window = most if mixes else max(most, WINDOW)
-    for start in range(0, len(order), window):
-        chosen = order[start : start + window]
+    if mixes:
+        for group in _neighbours(source, order, fits):
+            yield group, list(source.examples(group))
+        return
+    for start in range(0, len(order), WINDOW):
+        chosen = order[start : start + WINDOW]
         alike: dict[Any, list[tuple[int, Example]]] = {}
         for index, example in zip(chosen, source.examples(chosen), strict=True):
-            alike.setdefault(None if mixes else _shape(example), []).append((index, example))
+            alike.setdefault(_shape(example), []).append((index, example))
         for pairs in alike.values():
+            most = fits(pairs[-1][0])
             for first in range(0, len(pairs), most):
                 part = pairs[first : first + most]
                 yield [index for index, _ in part], [example for _, example in part]
+
+
+def _neighbours(source: Source, order: Sequence[int], fits: Callable[[int], int]) -> Iterator[list[int]]:
+    """Stretches of an order by length: as many as fit, and once there are some, only those of about one length."""
+    lengths = source.lengths
+    assert lengths is not None
+    group: list[int] = []
+    for index in order:
+        some = len(group) * int(lengths[group[0]] if group else 0) >= TOKENS / 4
+        if group and (len(group) >= fits(index) or (some and lengths[index] > lengths[group[0]] * (1 + LONGER))):
+            yield group
+            group = []
+        group.append(index)
+    yield group
 
 
 def _shape(example: Example) -> tuple[Any, ...]:
@@ -190,12 +245,13 @@ def run(
 ) -> None:
     """One pass over the examples `indices`, which gives each line's rows to its sink, numbered from 0.
 
-    `most` is the largest batch, `done` is told how many examples are behind it.
+    `most` is the largest batch, a processor takes fewer; `done` is told how many examples are behind it.
     """
     taps = [tap for line in lines for tap in line.taps]
     kinds = [kind for each in surveys for kind in each.kinds]
-    behind = 0
-    for group, examples in groups(source, indices, most, all(each.mixes for each in surveys)):
+    behind, device = 0, next(lines[0].model.parameters()).device
+    fits = room(source, most, device.type == "cpu")
+    for group, examples in groups(source, indices, fits, all(each.mixes for each in surveys)):
         batch = on_device(collate(examples), lines[0])
         rows = [
             without_padding(t, batch, kind) for t, kind in zip(capture(lines[0].model, taps, batch), kinds, strict=True)

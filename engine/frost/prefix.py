@@ -29,7 +29,7 @@ from engine.frostline import Difference, Refusal, verify
 from engine.keeping.durable import reason
 from engine.store import DTYPES, Dtype, Store, TooLargeError, Writer, evict, own, padded
 
-VERSION = 1
+VERSION = 2
 """Raise it when tracing, capture or replay change what is kept."""
 SHARD = 2048
 """Examples per store: what a killed run has finished isn't captured again, and devices share the shards."""
@@ -95,10 +95,10 @@ class Prefix:
 
     @classmethod
     def _captured(cls, lines: Sequence[Line], source: Source, collate: Collate, cache: Cache) -> list[Prefix] | Refusal:
-        surveys = [capturing.survey(line, source, collate) for line in lines]
-        if refused := next((each for each in surveys if isinstance(each, Refusal)), None):
-            return refused
-        kept = _Keeping(lines, [each for each in surveys if isinstance(each, Survey)], source, collate, cache)
+        surveys = capturing.survey(lines, source, collate)
+        if isinstance(surveys, Refusal):
+            return surveys
+        kept = _Keeping(lines, surveys, source, collate, cache)
         if sentence := kept.too_large():
             return Refusal(sentence)
         try:
@@ -127,13 +127,16 @@ class Prefix:
         tensors = []
         for slot, (tap, kind) in enumerate(zip(self.line.taps, self.survey.kinds, strict=True)):
             width = mask.shape[1] if mask is not None and kind == "tokens" else 0
-            rows = [self._row(slot, int(index)).to(tap.dtype) for index in indices]
-            tensors.append(padded(rows, width, left).to(device))
+            rows = self._rows(slot, list(map(int, indices)))
+            batch_of = rows if isinstance(rows, Tensor) and not width else padded(list(rows), width, left)
+            tensors.append(batch_of.to(device, tap.dtype))
         return tensors
 
-    def _row(self, slot: int, index: int) -> Tensor:
-        place, shard = divmod(index, len(self.stores))
-        return self.stores[shard].row(slot, place)
+    def _rows(self, slot: int, indices: list[int]) -> Tensor | list[Tensor]:
+        """What some examples have at a cut; they were dealt out over the stores one by one."""
+        if len(self.stores) == 1:
+            return self.stores[0].rows(slot, indices)
+        return [self.stores[index % len(self.stores)].row(slot, index // len(self.stores)) for index in indices]
 
     @cached_property
     def difference(self) -> Difference:
@@ -168,8 +171,8 @@ class _Keeping:
     ):
         self.lines, self.surveys, self.source, self.collate, self.cache = lines, surveys, source, collate, cache
         self.shards = min(MOST_SHARDS, ceil(len(source) / SHARD))
-        contents = zip(lines, surveys, strict=True)
-        self.names = [content(line, source.fingerprint, seen.batch) for line, seen in contents]
+        contents, known = zip(lines, surveys, strict=True), Known()
+        self.names = [content(line, source.fingerprint, seen.batch, known) for line, seen in contents]
 
     def too_large(self) -> str:
         """Why the stores don't fit the budget, or the empty string; a function of what all devices know."""
@@ -240,8 +243,12 @@ def about(model: nn.Module) -> str:
     return f"{type(model).__name__} of {origin}" if origin else type(model).__name__
 
 
-def content(line: Line, fingerprint: str, batch: Mapping[str, Any]) -> str:
-    """The name of what lies below a line: a hash of all that it depends on.
+Known = dict[int, bytes]
+"""The hashes of tensors by their `id`, for as long as nobody writes to them."""
+
+
+def content(line: Line, fingerprint: str, batch: Mapping[str, Any], known: Known | None = None) -> str:
+    """The name of what lies below a line: a hash of all that it depends on. What is hashed is added to `known`.
 
     That is the frozen weights and buffers below the line, where it runs, what is kept of it, the config, the
     examples, and the versions of torch, transformers and this file.
@@ -256,18 +263,22 @@ def content(line: Line, fingerprint: str, batch: Mapping[str, Any]) -> str:
     ]
     facts.append([_adapter(module) for module in line.early if hasattr(module, "scaling")])
     digest = blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
-    digest.update(_weights(line))
+    digest.update(_weights(line, {} if known is None else known))
     _add(digest, ((key, value) for key, value in batch.items() if isinstance(value, Tensor)))
     return digest.hexdigest()
 
 
-def _weights(line: Line) -> bytes:
+def _weights(line: Line, known: Known) -> bytes:
     """The hash of everything frozen below a line; made once, for a model takes longer to hash than a split to open."""
     written = tuple(tensor._version for _, tensor in line.prefix)  # counts writes in place
     if line.hashed is None or line.hashed[0] != written:
-        digest = blake2b(digest_size=16)
-        _add(digest, line.prefix)
-        line.hashed = written, digest.digest()
+        whole = blake2b(digest_size=16)
+        for name, tensor in line.prefix:
+            if id(tensor) not in known:
+                _add(one := blake2b(digest_size=16), [(name, tensor)])
+                known[id(tensor)] = one.digest()
+            whole.update(known[id(tensor)])
+        line.hashed = written, whole.digest()
     return line.hashed[1]
 
 

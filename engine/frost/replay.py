@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -249,6 +250,11 @@ class Line:
             raise RunError(f"this frost line has {len(self.taps)} cuts, but {len(tensors)} tensors were fed")
         self._fed, self._fresh = list(tensors), True
 
+    @cached_property
+    def _checkpointed(self) -> list[nn.Module]:
+        """Modules that gradient checkpointing can be switched on in."""
+        return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+
     @contextmanager
     def replaying(self) -> Iterator[Line]:
         """Inside, `model(**batch)` costs what lies above the line; `feed` comes before every forward pass."""
@@ -258,7 +264,7 @@ class Line:
         forwards |= {module: self._overridden(module, slot) for module, slot in self.overrides.items()}
         forwards |= {module: self._turning(module, turns.replayed) for module, turns in self.shared.items()}
         self._replaying = True
-        self._checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self._checkpointed)
         try:
             with self._standing_in(forwards, self._admit):
                 yield self

@@ -6,12 +6,13 @@ modules ran. It never decides where to cut, never changes a weight, and leaves f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from itertools import count
+from types import MethodType
 from typing import Any
 
 import torch
@@ -106,8 +107,18 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Whoever asks for them all the same, as generation does, gets them.
     """
-    takes = "use_cache" in signature(model.forward).parameters
+    forward = model.forward
+    takes = _keeps_keys(forward.__func__) if isinstance(forward, MethodType) else "use_cache" in _parameters(forward)
     return {"use_cache": False, **batch} if takes else dict(batch)
+
+
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, Any]:
+    return signature(forward).parameters
+
+
+@lru_cache  # of a class's forward alone, for it is asked at each pass, and what belongs to a model must not be held
+def _keeps_keys(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in _parameters(forward)
 
 
 @contextmanager
