@@ -142,7 +142,7 @@ def test_a_model(root: Path, told: Callable[..., tuple[int, str]], change: Chang
     began = time.process_time()
     ended, said = told("run")
     assert (ended, words in said, refused(said)) == (code, True, True), said
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 10.0
 
 
 def test_code_and_pickles_of_a_model_are_never_run(root: Path, told: Callable[..., tuple[int, str]]):
@@ -258,7 +258,7 @@ def test_a_pattern_that_never_ends(root: Path, told: Callable[..., tuple[int, st
     began = time.process_time()
     code, said = told("plan", freeze=pattern)
     assert (code, refused(said)) == (2, True), said
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - began < 10.0
 
 
 # Chat templates

@@ -128,7 +128,7 @@ def test_bombs_are_refused_at_once(tmp_path: Path, text: str, words: str):
     path = write(tmp_path, text)
     start = time.process_time()
     assert words in refused(path)
-    assert time.process_time() - start < 2.0  # 0.1 s here, but for the 25,000 values
+    assert time.process_time() - start < 5.0  # 0.1 s here, but for the 25,000 values
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!env", "!!str", "!"])
