@@ -112,7 +112,8 @@ class Learner:
             shortage.fit(self)
         layerdrop.announce(self.model, self.accelerator)
         optimizer = optim.build(self.stage, freezing.parameters(self.model), self.recipe.training)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        with shards.spreading(self.accelerator):
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.spread:
             shortage.fit(self)
         found = freezing.parameters(self.model)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import pytest
+import senses
 import staged
 from accelerate.utils import DistributedType
 
@@ -166,6 +168,22 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(rows: Path, tmp_path: P
     codes = staged.run(root, ranks=2, plant=lambda _: os.environ.update(variables))
     assert codes in ([2, 2], [2, 3]), staged.said(root)
     assert "leave `--use_fsdp` out" in staged.said(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no such layers", "no embeddings"])
+def test_a_model_that_accelerate_cannot_spread_is_refused(rows: Path, tmp_path: Path, kind: str):
+    if kind == "no such layers":
+        root, layer, said = staged.fresh(rows, tmp_path), "ViTLayer", "Could not find the transformer layer class"
+    else:
+        root, layer, said = tmp_path, "Wav2Vec2EncoderLayerStableLayerNorm", "`get_input_embeddings`"
+        senses.tones(root / "rows")
+        senses.save_sound_model(senses.wav2vec2(layerdrop=0.0), root / "model")
+        stages = [{"name": "head", "steps": 2}]
+        staged.write(root, task="audio-classification", freeze="wav2vec2", stages=stages)
+    assert staged.run(root, ranks=2, plant=partial(spread, layer=layer)) == [2, 2], staged.said(root)
+    assert "accelerate can't spread this model by FSDP2" in (last := staged.said(root).splitlines()[-1])
+    assert said in last
 
 
 def test_frozen_weights_of_another_precision_are_refused(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

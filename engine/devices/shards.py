@@ -7,14 +7,16 @@ by all processes at once. Nothing here decides what trains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine.errors import PlanError, Problem, RunError
+from engine.devices.processes import alike
+from engine.errors import REFUSED, PlanError, Problem, RunError
 from engine.prompts import listed
 from engine.recipe import Recipe
 
@@ -38,6 +40,19 @@ def refuse(recipe: Recipe, accelerator: Accelerator) -> None:
     if recipe.task.writes:
         what = f"{recipe.task.type} is judged by what the model writes, which takes all of it on each device"
         raise RunError(f"{what}; use DDP (`--multi_gpu` without `--use_fsdp`)", exit_code=2)
+
+
+@contextmanager
+def spreading(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a model that accelerate can't spread is a sentence: one without layers of that name, or embeddings."""
+    try:
+        yield
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        if not accelerator.is_fsdp2:
+            raise
+        what = f"accelerate can't spread this model by FSDP2 ({' '.join(str(error).split())[:160]})"
+        advice = "name the class of its layers by `--fsdp_transformer_layer_cls_to_wrap`, or use DDP (`--multi_gpu`)"
+        raise alike(accelerator, f"{what}; {advice}", REFUSED) from error
 
 
 def split(model: nn.Module) -> None:
