@@ -17,7 +17,7 @@ import datasets
 import pytest
 import tiny
 import torch
-from running import FROZEN, draft, events, place, refused, run, stage
+from running import FROZEN, draft, events, place, run, stage
 
 from engine import freezing
 from engine.errors import ProblemsError, RunError
@@ -129,14 +129,23 @@ print("logits", logits.tolist())
         export(made, "onnx", root=root)
 
 
-def test_without_the_package_it_is_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_the_package_it_is_one_sentence(monkeypatch: Any) -> None:
     monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
     for name, package in (("nf4", "bitsandbytes"), ("torchao", "torchao")):
-        model = {"path": "model", "quantization_config": WAYS[name]}
-        key, said = refused(place(tmp_path / name), model=model, freeze=FROZEN)
-        assert key == ("model", "quantization_config")
+        with pytest.raises(ProblemsError) as caught:
+            quantizing.config(Model(path="m", quantization_config=WAYS[name]), [])
+        assert caught.value.problems[0].key == ("model", "quantization_config")
         what = f"weights are quantised with the package `{package}`, which is not installed"
-        assert said == f"{what}; run `pip install frostline[{package}]`"
+        assert caught.value.problems[0].sentence == f"{what}; run `pip install frostline[{package}]`"
+
+
+def told(root: Path, **keys: Any) -> tuple[tuple[str | int, ...], str]:
+    """Key and sentence of the one problem for which a draft is refused."""
+    with pytest.raises(ProblemsError) as caught:
+        draft(root, **keys)
+    (problem,) = caught.value.problems
+    assert "\n" not in problem.sentence
+    return problem.key, problem.sentence
 
 
 def test_what_can_not_be_is_one_sentence(tmp_path: Path) -> None:
@@ -157,7 +166,7 @@ def test_what_can_not_be_is_one_sentence(tmp_path: Path) -> None:
         ),
     ):
         model = {"path": "model", "quantization_config": way}
-        found, said = refused(root, **{"model": model, "freeze": FROZEN, **more})
+        found, said = told(root, **{"model": model, "freeze": FROZEN, **more})
         assert (found, words in said) == (key or ("model", "quantization_config"), True), said
 
 
@@ -175,7 +184,7 @@ def test_a_checkpoint_that_is_quantised_already_is_told_of(tmp_path: Path) -> No
     settings = json.loads((root / "model/config.json").read_text())
     settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (root / "model/config.json").write_text(json.dumps(settings))
-    key, said = refused(root, freeze=FROZEN)
+    key, said = told(root, freeze=FROZEN)
     assert key == ("model", "path")
     assert said.startswith("model is quantised already (gptq), so its weights can't train; take the original")
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
+import running
+import senses
 import staged
+import tiny
 import torch
 
 from engine import learner
+from engine.records import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 STAGES = [staged.STAGES[1] | {"steps": 3}]
@@ -82,3 +87,20 @@ def test_one_example_that_does_not_fit_is_told(tmp_path: Path):
     assert staged.run(root, ranks=2, plant=plant) == [5, 5]
     assert staged.said(root).splitlines()[-1] == "stage `lora`: one example alone doesn't fit the device's memory"
     assert staged.said(root, 1) == ""
+
+
+@pytest.mark.parametrize(("rows", "freeze", "dies"), [(9, [], True), (8, [], False), (9, ["@norms"], False)])
+def test_a_single_picture_for_a_batch_norm_is_told_of_at_the_start(
+    tmp_path: Path, rows: int, freeze: list[str], dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ResNet shrinks 32 pixels to one: torch can't train on one picture of that, which the ninth of nine would be."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    senses.pictures(tmp_path / "rows", {"train": rows, "validation": 3})
+    senses.save_picture_model(tiny.resnet(), tmp_path / "model")
+    keys = {"task": "image-classification", "freeze": freeze, "stages": [running.stage(epochs=1)]}
+    if not dies:
+        assert running.events(running.run(tmp_path, **keys), Step)
+        return
+    said, code, happened = running.stopped(tmp_path, **keys)
+    assert "a device comes to take one of 9 examples by itself" in said
+    assert (code, running.events(happened, Step)) == (5, [])

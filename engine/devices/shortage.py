@@ -43,7 +43,33 @@ def fit(learner: Learner) -> None:
             short = True
         del scratch, batch
         if not halved(learner, short):
-            return
+            break
+    _refuse_lonely(learner)
+
+
+def _refuse_lonely(learner: Learner) -> None:
+    """Raise `RunError` where a step to come has a single example and a BatchNorm can't take it, before there are any.
+
+    Of one value a channel, as pictures that have shrunk to a point leave, there is no variance.
+    """
+    stage, rows, norms = learner.stage, len(learner.data.train), learner.statistics.norms
+    size = learner.batching.batch_size
+    last = rows % size if stage.steps >= stage.steps_per_epoch else 0
+    if not norms or not any(count and learner.batching.lonely(count) for count in (min(size, rows), last)):
+        return
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        with learner.accelerator.autocast(), learner.shortcut.replaying(), torch.no_grad():
+            learner.tried([0], learner.collated(learner.data.train, [0]))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        what = f"stage `{stage.name}`: a device comes to take one of {rows:,} examples by itself, and a BatchNorm "
+        what += "has no variance of a single value; take another `batch_size` or `per_device_batch_size`, or freeze "
+        raise alike(learner.accelerator, what + "`@norms`") from error
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
 def halved(learner: Learner, short: bool) -> bool:

@@ -50,6 +50,11 @@ class Batching:
         """The same batch in micro-batches no larger than those that a run began with: dropout is drawn by them."""
         return Batching(self.batch_size, min(self.micro, micro), self.processes)
 
+    def lonely(self, count: int) -> bool:
+        """Whether some device takes a single example in a step of so many."""
+        shares = (self.share(range(count), rank) for rank in range(self.processes))
+        return any(len(micro.indices) == 1 for share in shares for micro in share)
+
     def share(self, indices: Sequence[int], rank: int) -> list[MicroBatch]:
         """The micro-batches of device `rank` for a step on these examples; every device gets as many."""
         share = []
