@@ -56,8 +56,7 @@ class Learner:
         self.task, self.batching, self.cache = recipe.task, batching, cache
         self.spread = accelerator.is_fsdp2
         """Whether the model lies whole in the host's memory between stages, and is split over the devices within."""
-        memory.own(model)
-        self.model = model if self.spread else model.to(accelerator.device)
+        self.model = model if self.spread else memory.own(model.to(accelerator.device))
         self.processor = processor
         self.collate = self.task.collate(processor)
         self.moments: optim.Moments = {}

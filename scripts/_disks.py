@@ -170,9 +170,8 @@ def _falls_back(folder: Path, damaged: Path) -> bool:
     except RunError as error:
         told, found = str(error).splitlines()[1:], None
         alone = alone and error.exit_code == NOTHING_TO_RESUME
-    (said,) = told
-    named = said.startswith(f"{damaged.parent.name} skipped: ") and damaged.name in said
-    return named and (alone if found is None else found.path != damaged.parent)
+    named = [line.startswith(f"{damaged.parent.name} skipped: ") and damaged.name in line for line in told]
+    return named == [True] and (alone if found is None else found.path != damaged.parent)
 
 
 def damaged_caches(soak: Soak, folder: Path) -> Tally:

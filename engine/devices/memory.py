@@ -19,13 +19,17 @@ ALIGNMENT = 64
 _PROCESS = Path("/proc/self")
 
 
-def own(model: nn.Module) -> None:
-    """Move what lies where a file was mapped to memory of torch's own: the last bits of a product depend on where its
-    numbers begin, and transformers maps a file on one process that it copies on several."""
+def own(model: nn.Module) -> nn.Module:
+    """The model, with all that lies where a file was mapped moved to memory of torch's own.
+
+    On a CPU the last bits of a product depend on where its numbers begin, and transformers maps a file on one process
+    that it copies on several.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         made_of_others = hasattr(tensor, "__tensor_flatten__")  # quantised
         if tensor.device.type == "cpu" and not made_of_others and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
+    return model
 
 
 def taken(device: torch.device) -> int:
