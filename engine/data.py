@@ -25,7 +25,7 @@ from engine.rows import streaming
 from engine.rows.media import sift
 from engine.rows.origins import find, quietly
 from engine.rows.selection import HELD_OUT, Slice, arrow, duplicates, hold_out, pick
-from engine.rows.split import Split, order
+from engine.rows.split import KEPT, Split, order
 from engine.tasks import Facts, Table, Task
 from engine.tasks.base import TRUNCATED
 
@@ -132,7 +132,7 @@ def sizes(train: Split, validation: Split | None) -> Sizes:
     lengths = train.known_lengths
     counts = len(train.single), len(validation.single) if validation is not None else 0
     if lengths is None or not len(lengths):
-        return Sizes(*counts)
+        return Sizes(*counts, example=train.example, room=KEPT)
     return Sizes(*counts, float(lengths.mean()), float((lengths.astype(float) ** 2).mean()), int(lengths.max()))
 
 

@@ -24,7 +24,7 @@ from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
 from engine.modelling import packed, quantizing, trust, vocabulary
-from engine.modelling.outlining import outline
+from engine.modelling.outlining import outline, pictured
 from engine.optim import schedule_problems
 from engine.outline import Outline
 from engine.packages import PREFIX, locate
@@ -155,6 +155,8 @@ def skeleton(recipe: Recipe, facts: Facts, root: Path) -> nn.Module:
     trust.refuse_size(recipe.model, model)
     vocabulary.refuse_unread(recipe, settings.get_text_config(), model)
     recipe.task.trim(model)
+    if getattr(model, "main_input_name", "") == "pixel_values" and not pictured(settings):
+        model.sides = _sides(processor(recipe, root))  # pyright: ignore
     return model.to("meta")  # a parameter that is made by `torch.Tensor(size)`, as wav2vec2's mask, minds no device
 
 
@@ -217,6 +219,14 @@ def _mended(model: nn.Module) -> list[str]:
         model.config.batch_norm_momentum = norms[0].momentum
     said = f"{1 - norms[0].momentum:g} of the past is meant to stay: momentum {norms[0].momentum:g} in torch's words"
     return [f"{len(norms)} BatchNorms keep almost nothing but the last batch as the config reads; {said}"]
+
+
+def _sides(processor: Any) -> tuple[int, int]:
+    """Height and width of the pictures that an image processor makes, about: some keep a picture's own proportions."""
+    cropped = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = cropped or getattr(processor, "size", None) or {}
+    height = size.get("height") or size.get("shortest_edge") or 224
+    return height, size.get("width") or height
 
 
 def draft(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,8 +12,9 @@ import transformers
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine import freezing
-from engine.modelling.outlining import outline
+from engine import freezing, models
+from engine.frost.capturing import room
+from engine.modelling.outlining import outline, sample
 from engine.outline import Amount
 from engine.planning.forecast import Costs, Sizes
 
@@ -107,3 +109,27 @@ def test_what_crosses_the_line_is_what_is_kept_on_disk() -> None:
     top = head | {name for name in every if "layer.3" in name}
     assert Costs(read, head).crossing(sizes) == 64, "one row of an example is all that the head reads"
     assert Costs(read, top).crossing(sizes) == 20 * 64
+
+
+def test_rows_that_are_kept_in_memory_count_as_far_as_there_is_room_for_them() -> None:
+    assert Sizes(100, 20, example=1000, room=50_000).held == 50_000 + 20_000
+    assert Sizes(100, 20, longest=30).held == 0
+
+
+@pytest.mark.parametrize(("longest", "captured"), [(0, 16), (4, 64), (64, 8), (2048, 4)])
+def test_a_forecast_captures_as_many_as_a_run(longest: int, captured: int) -> None:
+    class Source:
+        lengths = np.array([longest]) if longest else None
+
+    assert Sizes(1, 0, longest=longest).captured == captured
+    assert room(Source(), 64, processor=True)(0) == captured
+
+
+def test_a_network_of_convolutions_is_tried_with_the_pictures_that_its_processor_makes() -> None:
+    config = transformers.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8)
+    with torch.device("meta"):
+        model = transformers.ResNetForImageClassification(config)
+    made = transformers.ViTImageProcessorPil(size={"height": 96, "width": 64})
+    model.sides = models._sides(made)
+    assert sample(model)["pixel_values"].shape == (1, 3, 96, 64)
+    assert models._sides(transformers.ViTImageProcessorPil(size={"shortest_edge": 80})) == (80, 80)

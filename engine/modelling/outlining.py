@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,12 +189,18 @@ def _tokens(model: nn.Module) -> int:
     return inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
 
 
+def pictured(config: Any) -> Any:
+    """The side, or the height and the width, of the pictures that a config is for; None where it names none."""
+    return getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+
+
 def sample(model: nn.Module, length: int = TOKENS) -> dict[str, torch.Tensor]:
     """One example of zeros on the model's device: a text of `length` tokens, a picture, or some seconds of sound."""
     config, device = model.config, next(model.parameters()).device
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
-        size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 224)
+        # A network of convolutions takes pictures of any size, so its config names none.
+        size = pictured(config) or getattr(model, "sides", (224, 224))
         sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         return {name: torch.zeros(1, getattr(config, "num_channels", 3), *sides, device=device)}
     if name == "input_features":

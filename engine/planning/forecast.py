@@ -15,7 +15,9 @@ from engine.recipe import Recipe
 
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 CAPTURED = 64
-"""Examples of one capturing forward pass."""
+"""Most examples of one capturing forward pass."""
+AT_ONCE, EXAMPLES, LEAST = 512, 16, 4
+"""Of those, what a processor takes at once: so many tokens, or examples that have none, and at least some examples."""
 WORTH = 0.1
 """Share of a forward pass that has to lie below the line for a replay."""
 LIBRARIES = 55_000_000
@@ -39,6 +41,20 @@ class Sizes:
     longest: int = 0
     known: bool = True
     """Whether these were counted, or are assumed."""
+    example: int = 0
+    """Bytes of one row that is kept in memory once it was made, as a decoded picture is; 0 where none are."""
+    room: int = 0
+    """Bytes that a split may keep of them."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of all rows that are kept in memory."""
+        return sum(min(self.room, rows * self.example) for rows in (self.train, self.validation))
+
+    @property
+    def captured(self) -> int:
+        """Examples of the longest that a processor captures at once."""
+        return min(CAPTURED, max(LEAST, AT_ONCE // self.longest)) if self.longest else EXAMPLES
 
     @classmethod
     def assumed(cls, examples: int, tokens: int) -> Sizes:
@@ -201,7 +217,7 @@ def forecast(
         step_flops=step,
         flops=steps * step + judged * costs.forward(sizes, replayed) + captured,
         cache_bytes=round(kept),
-        memory=_memory(recipe, costs, sizes, rows, replayed, optimizer, copied),
+        memory=_memory(recipe, costs, sizes, rows, replayed, optimizer, copied, kept),
     )
 
 
@@ -227,7 +243,14 @@ def _held(recipe: Recipe, costs: Costs, frozen: int) -> float:
 
 
 def _memory(
-    recipe: Recipe, costs: Costs, sizes: Sizes, rows: float, replayed: bool, optimizer: int, copied: bool
+    recipe: Recipe,
+    costs: Costs,
+    sizes: Sizes,
+    rows: float,
+    replayed: bool,
+    optimizer: int,
+    copied: bool,
+    mapped: float,
 ) -> Memory:
     size = sum(parameter.size for parameter in costs.trained)
     # What adapters of other stages take is little.
@@ -238,7 +261,8 @@ def _memory(
     again, turning = recipe.training.activation_checkpointing, micro * each * costs.turning(sizes.longest)
     kept = [micro * each * costs.kept(sizes.longest, again, fused) for fused in (True, False)]
     judging = max(micro, 8) * each * costs.passing(sizes.longest, replayed)
-    forward = max(judging, CAPTURED * costs.passing(sizes.longest) * replayed)
+    captured = costs.passing(sizes.longest) * replayed
+    forward, there = max(judging, CAPTURED * captured), max(judging, sizes.captured * captured)
     gradients, best, adds = 4 * size, 4 * size * copied, recipe.batch_size > micro
     # Gradients come as activations go, unless earlier micro-batches have left theirs. A trial step keeps a copy of what
     # trains and has an optimizer of its own; the check of a replay has gradients twice.
@@ -247,10 +271,10 @@ def _memory(
             optimizer + max(held + turning + gradients * adds, gradients),
             gradients + max(held + turning, gradients + optimizer),
             2 * gradients,
-            optimizer + forward,
+            optimizer + passing,
         )
-        for held in kept
+        for held, passing in zip(kept, (forward, there), strict=True)
     )
-    process = weights + host + best + LIBRARIES + LEFT * host
+    process = weights + host + best + LIBRARIES + LEFT * host + sizes.held + mapped
     parts = (weights, optimizer, gradients, best, kept[0], forward, weights + device, process)
     return Memory(*(round(part) for part in parts))

@@ -109,6 +109,14 @@ class Split:
         return lengths.reshape(-1, self.members).max(axis=1)
 
     @property
+    def example(self) -> int:
+        """Bytes of a row that is kept in memory once it was made: the mean of some; 0 where none are kept."""
+        if self._prepare is None or self.passing or not len(self._rows):
+            return 0
+        some = np.linspace(0, len(self._rows) - 1, min(3, len(self._rows))).astype(int).tolist()
+        return sum(_size(value) for made in self._made(some) for value in made.values()) // len(some)
+
+    @property
     def known_lengths(self) -> np.ndarray | None:
         """Tokens of each row, or of some rows where there is no end of them; None where rows have no tokens."""
         return self.single.lengths
