@@ -358,7 +358,7 @@ def _truth(place: Path, settings: Settings, name: str, seed: str) -> dict[str, A
             for rate in (bench.rate, 3 * bench.rate):
                 rows = np.concatenate([judge, test])
                 steps = max(1, round(bench.steps * len(train) / bench.rows))
-                run = trials.Run(train, rows, 0, int(seed), rate, head_rate, steps, falls=True)
+                run = trials.Run(train, rows, 0, int(seed), rate, rate, steps)
                 tried.append((arm.run(run, heads[0].weights), rate))
         found[each.name] = _better(tried, len(judge), bench.labels[rows])
     with trials.entered(bench, bench.candidates[HEAD], clock) as arm:

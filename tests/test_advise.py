@@ -101,6 +101,21 @@ def test_weights_are_as_they_were_after_a_trial(place: Path) -> None:
     assert all(tensor.equal(before[name]) for name, tensor in found.learner.tensors().items())
 
 
+def test_what_is_left_out_hands_on_what_it_was_given(place: Path) -> None:
+    import numpy as np
+    from accelerate import Accelerator
+
+    from engine.advising import bench, passes
+    from engine.advising.budget import Clock
+
+    found = bench.gather(load(place / "small.yaml").recipe, place, None, Accelerator(cpu=True))
+    kept, without = passes.features(found, Clock()), passes.bypassed(found, Clock(), np.arange(120))
+    assert sorted(without) == ["block 0", "block 1"]
+    np.testing.assert_array_equal(without["block 1"], kept["block 0"])
+    assert not np.allclose(without["block 0"], kept["block 1"])
+    np.testing.assert_array_equal(passes.features(found, Clock())["block 1"], kept["block 1"])
+
+
 def test_folds_deal_every_class_evenly(place: Path) -> None:
     import numpy as np
 

@@ -71,6 +71,16 @@ def test_short_runs_decide_where_there_are_no_whole_ones() -> None:
     assert (alone.need, alone.chosen) == ("not measurable", HEAD)
 
 
+def test_who_was_beaten_on_the_first_fold_is_not_compared_on_it_alone() -> None:
+    lucky = runs(EVERYTHING, 1.0, seeds=[0])
+    found = answers.decide(
+        {HEAD: runs(HEAD, 0.6), "top 1": runs("top 1", 0.9), EVERYTHING: lucky}, {}, facts(top_1=0.2, everything=1.0)
+    )
+    assert found.chosen == found.best == "top 1"
+    assert {row.candidate.name for row in found.table} == {HEAD, "top 1", EVERYTHING}
+    assert {row.value.rows for row in found.table if row.value} == {400}
+
+
 def test_only_shared_runs_are_compared() -> None:
     finals = {HEAD: runs(HEAD, 0.6), "top 1": runs("top 1", 0.9), EVERYTHING: runs(EVERYTHING, 0.9, seeds=[0])}
     found = answers.decide({}, finals, facts(top_1=0.2, everything=1.0))

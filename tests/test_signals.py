@@ -12,6 +12,7 @@ from torch import nn
 from engine.advising.units import Unit
 from engine.signals import SIGNALS, Evidence, Gradients
 from engine.signals.auto_rgn import AutoRGN
+from engine.signals.bypass import Bypass
 from engine.signals.cross_half_gain import CrossHalfGain
 from engine.signals.fim import FIM
 from engine.signals.gsnr import GSNR
@@ -96,6 +97,18 @@ def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
     assert probe(standard(told), labels, folds).loss < probe(standard(noise), labels, folds).loss
 
 
+def test_what_is_read_better_without_a_unit_is_suspect() -> None:
+    draw = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    told, blurred = (np.eye(3)[labels] + draw.normal(0, noise, (120, 3)) for noise in (0.3, 0.8))
+    folds = [np.arange(120)[start::4] for start in range(4)]
+    without = {"a": told, "b": draw.normal(size=(120, 3))}
+    found = Bypass().measure(Evidence(UNITS, Two(), labels, folds, {"b": blurred}, without))
+    assert found["a"] > 2
+    assert found["b"] < -2
+    assert Bypass().measure(Evidence(UNITS, Two(), labels, folds, {"b": blurred})) == {}
+
+
 def test_wide_features_are_narrowed_without_labels() -> None:
     given = np.random.default_rng(0).normal(size=(30, 20))
     given[:, 0] *= 50
@@ -110,6 +123,6 @@ def test_every_signal_says_where_it_comes_from_and_what_it_cannot_see() -> None:
         assert kind.title
         assert kind.paper
         assert kind.limits
-        assert kind.needs in ("features", "gradients", "weights")
+        assert kind.needs in ("features", "bypass", "gradients", "weights")
     names = [kind().name for kind in SIGNALS]  # pyright: ignore
     assert len(set(names)) == len(names)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.advising.answers import Interval, Verdict, gains
+from engine.advising.answers import Interval, Verdict, deepest, gains
 from engine.advising.units import HEAD, Unit
 
 
@@ -101,10 +101,19 @@ class Advice:
         return best if found.accuracy - self.probes[last].accuracy > 2 * found.error else None
 
     def ranking(self) -> list[str]:
-        """Single units by what training them alone has gained, out of fold, in short runs; the best first."""
+        """Single units by what training them alone has gained, out of fold, in short runs; the best first.
+
+        Those that were tried on the first fold alone had been beaten there, and come last.
+        """
         found = gains(self.short)
         singles = [unit.name for unit in self.units if unit.name in found]
-        return sorted(singles, key=lambda name: -found[name])
+        beyond = deepest(singles, self.short)
+        return sorted(singles, key=lambda name: (name not in beyond, -found[name]))
+
+    def suspects(self) -> list[str]:
+        """Units that the model says more without, by two standard errors at least; the surest first."""
+        found = self.scores.get("bypass", {})
+        return sorted((name for name in found if found[name] > 2), key=lambda name: -found[name])
 
     def json(self) -> dict[str, Any]:
         """Everything but what single rows were taken for, as plain values."""

@@ -61,7 +61,7 @@ def _stages(advice: Advice, bench: Bench) -> list[dict[str, Any]]:
         "name": "thaw",
         "unfreeze": opens[0] if len(opens) == 1 else opens,
         "epochs": round(advice.steps / epoch, 2),
-        "learning_rate": {**dict.fromkeys(opens, rate), "@head": head},
+        "learning_rate": rate,
     }
     return [{**first, **shape}, {**second, **shape}]
 

@@ -11,7 +11,7 @@ Trees).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -236,7 +236,7 @@ def decide(short: Mapping[str, Sequence[Judged]], finals: Mapping[str, Sequence[
     `short` and `finals` hold the runs of each candidate, those of the head among them. Finalists decide where there
     are two of them at least; short runs do otherwise.
     """
-    decisive = _shared(finals if len(finals) > 1 else short)
+    decisive = _shared(finals if len(finals) > 1 else {name: short[name] for name in deepest(short, short)})
     means = {name: value(runs, facts.metric, facts.seed) for name, runs in decisive.items() if runs}
     best = max(means, key=lambda name: (means[name].mean, -loss(decisive[name])))
     near = {name for name in means if _as_good(decisive[best], decisive[name], facts)}
@@ -260,6 +260,12 @@ def _shared(runs: Mapping[str, Sequence[Judged]]) -> dict[str, list[Judged]]:
     """The runs of each candidate that all of them have: what can be compared."""
     keys = set.intersection(*({run.key for run in each} for each in runs.values()))
     return {name: [run for run in each if run.key in keys] for name, each in runs.items()} if keys else {**runs}  # pyright: ignore
+
+
+def deepest(names: Iterable[str], short: Mapping[str, Sequence[Judged]]) -> list[str]:
+    """Those that went beyond the first fold, and the head; all of them where none did."""
+    most = max((len(runs) for name, runs in short.items() if name != HEAD), default=0)
+    return [name for name in names if name == HEAD or len(short[name]) > 1 or most < 2]
 
 
 def gains(short: Mapping[str, Sequence[Judged]]) -> dict[str, float]:

@@ -164,7 +164,7 @@ class Ladder:
         if self._foreseen(tried, steps) * len(FASTER) <= seconds:
             return tried, FASTER
         self.advice.dropped.append(f"short runs at {FASTER[-1]:g} times the recipe's rate")
-        lower = [each for each in tried if len(each.units) == 1][::-1]
+        lower = [each for each in tried if len(each.units) == 1 and each.name not in self.advice.suspects()][::-1]
         lower = sorted(lower, key=lambda each: -self.bench.stages[each.name].cached_cost)
         while lower and len(lower) * 2 > len(tried) // 2 and self._foreseen(tried, steps) > seconds and len(tried) > 4:
             tried.remove(gone := lower.pop(0))
@@ -214,8 +214,16 @@ class Ladder:
             self.advice.short[name].append(judged)
 
     def _deepen(self, tried: Sequence[Candidate], steps: int, until: float) -> None:
-        """More folds for those that were tried on the first alone: as many as there is time for, the same for all."""
+        """More folds for the better half of those that were tried on the first alone, and for what is suspected.
+
+        As many folds as there is time for, the same for all of them (successive halving, Jamieson & Talwalkar 2016).
+        """
+        found = answers.gains(self.advice.short)
         behind = [each for each in tried if len(self.advice.short[each.name]) < len(self.heads)]
+        behind.sort(key=lambda each: (each.name not in self.advice.suspects(), -found[each.name]))
+        if behind[(half := -(-len(behind) // 2)) :]:
+            self.advice.dropped.append(f"more than one fold for {', '.join(each.name for each in behind[half:])}")
+        behind = behind[:half]
         more = len(self.heads) - 1
         one = sum(self.costs[each.name] * steps for each in behind)
         room = until - self.clock.spent - self.entering * len(behind)
@@ -226,19 +234,21 @@ class Ladder:
             with self._enter(each) as arm:
                 self._more_folds(arm, steps, fits + 1)
 
-    def _run(self, fold: int, rate: float, steps: int, falls: bool = False) -> Run:
+    def _run(self, fold: int, rate: float, steps: int, head_rate: float | None = None) -> Run:
+        """A run from a fitted head, which moves no faster than the rest: faster, it unlearns what fitted it."""
         held = self.folds[fold]
         train = np.setdiff1d(np.arange(self.bench.rows), held)
-        return Run(train, held, fold, fold, rate, self.advice.head_rate or 1e-3, steps, falls)
+        return Run(train, held, fold, fold, rate, head_rate or rate, steps)
 
     # Rung 4
 
     def full(self) -> list[str]:
-        """The two best and the anchors at full length, on as many folds as there is time for, each with a seed."""
+        """The two best, the first suspect and the anchors at full length, on as many folds as there is time for."""
         found = answers.gains(self.advice.short)
         if not found:
             raise OutOfTimeError
-        wanted = sorted(found, key=lambda name: -found[name])[:2]
+        wanted = sorted(answers.deepest(found, self.advice.short), key=lambda name: -found[name])[:2]
+        wanted += [name for name in self.advice.suspects()[:1] if name in found and name not in wanted]
         top = anchor([each for each in self.bench.candidates.values() if each.name in found])
         wanted += [
             name for name in (top.name if top else HEAD, EVERYTHING) if name not in (*wanted, HEAD) and name in found
@@ -250,7 +260,7 @@ class Ladder:
                 if self._over(name, steps):
                     raise OutOfTimeError
                 with self._enter(self.bench.candidates[name]) as arm:
-                    judged = arm.run(self._run(fold, self.rates[name], steps, falls=True), self.heads[fold].weights)
+                    judged = arm.run(self._run(fold, self.rates[name], steps), self.heads[fold].weights)
                 self.advice.finals.setdefault(name, []).append(judged)
                 self.costs[name] = judged.seconds / steps
             self.advice.finals.setdefault(HEAD, []).append(self.heads[fold].judged)
@@ -297,7 +307,9 @@ class Ladder:
             for run in self.advice.finals[chosen]:
                 if self._over(chosen, steps):
                     break
-                at_once.append(arm.run(self._run(run.fold, self.rates[chosen], steps, falls=True), self.bench.start))
+                at_once.append(
+                    arm.run(self._run(run.fold, self.rates[chosen], steps, self.advice.head_rate), self.bench.start)
+                )
         if not at_once:
             self.advice.dropped.append("whether the head should come first: no time")
             return []

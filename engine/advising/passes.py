@@ -1,11 +1,13 @@
-"""The two cheap passes over a model that signals look at: what each unit hands on, and how the loss pulls at it.
+"""The cheap passes over a model that signals look at: what each unit hands on, what is left without it, how the loss
+pulls at it.
 
-One forward pass without gradients, and one backward pass over some rows. Weights and flags are as they were afterwards.
+Forward passes without gradients, and one backward pass over some rows. Weights and flags are as they were afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,31 +18,45 @@ from engine import freezing
 from engine.advising.bench import Bench
 from engine.advising.budget import Clock
 from engine.advising.trials import MICRO, Weights
-from engine.advising.units import HEAD
+from engine.advising.units import HEAD, Unit
 from engine.frost.tracing import handed_on
+from engine.outline import below
 from engine.randomness import stable_seed
 from engine.signals import Gradients
 from engine.signals.linear_probe import narrow, standard
 
+FEW = 256
+"""Rows that are looked at once for every unit that is left out."""
 GRADIENT_ROWS, GRADIENT_BATCH = 256, 8
 """Rows of the gradient pass, and how many share a batch: a signal's noise is that between batches."""
 RAW_SIDE, RAW_BANDS = 8, 64
 """What is left of a picture, and of a recording, for the probe that knows no model."""
 
 
-def features(bench: Bench, clock: Clock) -> dict[str, np.ndarray]:
-    """Unit -> what it hands on, averaged over tokens or places: (rows, width)."""
+def features(
+    bench: Bench,
+    clock: Clock,
+    units: Sequence[Unit] | None = None,
+    chosen: np.ndarray | None = None,
+    without: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Unit -> what it hands on, averaged over tokens or places: (rows, width).
+
+    Of all units and rows where none are chosen. Modules `without` hand on what they were given.
+    """
     learner, split = bench.learner, bench.learner.data.train
-    order = np.arange(bench.rows) if split.lengths is None else np.argsort(split.lengths, kind="stable")
-    kept: dict[str, list[Tensor]] = {unit.name: [] for unit in bench.units if unit.name not in (HEAD, "rest")}
+    rows = np.arange(bench.rows) if chosen is None else chosen
+    order = np.arange(len(rows)) if split.lengths is None else np.argsort(split.lengths[rows], kind="stable")
+    wanted = [unit for unit in (bench.units if units is None else units) if unit.name not in (HEAD, "rest")]
+    kept: dict[str, list[Tensor]] = {unit.name: [] for unit in wanted}
     found: dict[str, Tensor] = {}
-    modules = {unit.name: _module(learner.model, unit.last) for unit in bench.units if unit.name in kept}
-    hooks = [_kept(module, name, found) for name, module in modules.items()]
+    hooks = [_skipped(_module(learner.model, name)) for name in without]
+    hooks += [_kept(_module(learner.model, unit.last), unit.name, found) for unit in wanted]
     try:
         with freezing.eval_mode(learner.model):
             for first in range(0, len(order), MICRO):
                 clock.check()
-                batch = learner.collated(split, order[first : first + MICRO].tolist())
+                batch = learner.collated(split, rows[order[first : first + MICRO]].tolist())
                 with learner.accelerator.autocast():
                     learner.task.forward(learner.model, batch)
                 for name, tensor in found.items():
@@ -50,6 +66,35 @@ def features(bench: Bench, clock: Clock) -> dict[str, np.ndarray]:
             hook.remove()
     back = np.argsort(order)
     return {name: torch.cat(parts).numpy()[back] for name, parts in kept.items() if parts}
+
+
+def bypassed(bench: Bench, clock: Clock, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Unit of blocks -> what the last unit hands on where this one hands on what it was given: (chosen rows, width).
+
+    Units whose blocks change the shape of what they are given can't be left out, and are none of these.
+    """
+    last = [unit for unit in bench.units if unit.name not in (HEAD, "rest")][-1:]
+    found = {}
+    for unit in bench.units:
+        blocks = [name for name in bench.outline.blocks if any(below(own, name) for own in unit.parameters)]
+        if unit.name.startswith("block") and blocks:
+            with suppress(_ChangesShapeError):
+                found |= {unit.name: next(iter(features(bench, clock, last, chosen, blocks).values()))}
+    return found
+
+
+class _ChangesShapeError(Exception):
+    """A block hands on something of another shape than it was given."""
+
+
+def _skipped(module: nn.Module) -> Any:
+    def hook(_module: nn.Module, args: Any, named: Mapping[str, Any], output: Any) -> Any:
+        given, made = args[0] if args else named.get("hidden_states"), handed_on(output)
+        if given is None or made is None or given.shape != made.shape:
+            raise _ChangesShapeError
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -49,7 +49,11 @@ def probes(bench: Bench, advice: Advice, held: Folds, clock: Clock) -> list[str]
 def scores(bench: Bench, advice: Advice, head: Weights, held: Folds, clock: Clock) -> list[str]:
     """What every signal says of every unit, at a fitted head."""
     found = passes.gradients(bench, head, clock, advice.seed)
-    seen = Evidence(bench.units, bench.learner.model, bench.labels, held, {}, found)
+    few = _few(bench, advice.seed)
+    last = passes.features(bench, clock, [unit for unit in bench.units if unit.name == advice.last_layer], few)
+    without = passes.bypassed(bench, clock, few) if last else {}
+    parts = [np.flatnonzero(np.isin(few, fold)) for fold in held]
+    seen = Evidence(bench.units, bench.learner.model, bench.labels[few], parts, last, without, found)
     advice.scores["linear_probe"] = {name: each.accuracy for name, each in advice.probes.items()}
     for kind in SIGNALS:
         if kind.needs != "features":
@@ -57,6 +61,11 @@ def scores(bench: Bench, advice: Advice, head: Weights, held: Folds, clock: Cloc
             if told := kind().measure(seen):  # pyright: ignore
                 advice.scores[kind().name] = told  # pyright: ignore
     return [f"{kind.title}: {_order(advice.scores[n])}" for kind in SIGNALS if (n := kind().name) in advice.scores]  # pyright: ignore
+
+
+def _few(bench: Bench, seed: int) -> np.ndarray:
+    """The rows, or some of them, in order."""
+    return np.sort(np.random.default_rng(stable_seed(seed, "few")).permutation(bench.rows)[: passes.FEW])
 
 
 def proposed(bench: Bench, advice: Advice) -> list[str]:

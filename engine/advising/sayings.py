@@ -101,6 +101,11 @@ def _which(advice: Advice, found: Verdict) -> tuple[str, str]:
     ranked = [name for name in advice.ranking() if name != "embeddings"][:3]
     if len(ranked) > 1:
         said.append(f"Of single units, short runs gain most by {', then '.join(ranked)}.")
+    if suspects := advice.suspects():
+        said.append(
+            f"More can be read off the last layer without {suspects[0]} than with it, by "
+            f"{advice.scores['bypass'][suspects[0]]:.0f} standard errors: it is damaged, or has learnt something else."
+        )
     return opened(found.chosen), " ".join(said)
 
 

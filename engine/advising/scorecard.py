@@ -22,7 +22,7 @@ STRONG = 1.5
 MIN_GAIN = 0.005
 WHO = ("advice", "one-seed sweep", "always head", "top quarter", "everything", "any")
 """Those who pick a candidate; `any` is what a random one is worth."""
-ORDERS = ("cross_half_gain", "gsnr", "auto_rgn", "fim", "spectrum", "kappa")
+ORDERS = ("bypass", "cross_half_gain", "gsnr", "auto_rgn", "fim", "spectrum", "kappa")
 
 
 def report(lines: Sequence[Line]) -> Iterator[str]:

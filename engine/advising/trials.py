@@ -47,8 +47,7 @@ class Run:
     """Peak rate of all but the head."""
     head_rate: float
     steps: int
-    falls: bool = False
-    """Whether the rate falls to zero in the end, as it does in a whole run; otherwise it stays."""
+    """The rate falls to zero over them: a short run whose rate stays is judged in the middle of its wandering."""
 
 
 class Arm:
@@ -109,8 +108,7 @@ class Arm:
         learner.recipe = self.bench.recipe.model_copy(update={"seed": seed})
         learner.chosen, learner.dice, learner.epoch = wanted.train, (seed, "order"), -1
         warm = max(1, round(WARM * wanted.steps))
-        length = wanted.steps if wanted.falls else None
-        learner.share = lambda step: _share(step, warm, length)
+        learner.share = lambda step: _share(step, warm, wanted.steps)
 
     def judge(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihood of each row's label, and the class that the model takes it for: both (rows,)."""
@@ -176,7 +174,7 @@ def fit_heads(
             steps = head_steps(len(train), bench.recipe.batch_size)
             tried: list[tuple[float, Head]] = []
             for rate in HEAD_RATES if not heads else (heads[0].judged.rate,):
-                judged = arm.run(Run(train, judge, number, number, rate, rate, steps, falls=True), bench.start)
+                judged = arm.run(Run(train, judge, number, number, rate, rate, steps), bench.start)
                 tried.append((float(judged.losses.mean()), Head(bench.learner.snapshot(), judged)))
             heads.append(min(tried, key=lambda pair: pair[0])[1])
     return heads, heads[0].judged.rate
@@ -215,11 +213,11 @@ def folds(labels: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
     return [np.flatnonzero(fold == index) for index in range(count)]
 
 
-def _share(step: int, warm: int, length: int | None) -> float:
-    """Share of the peak rate at a step: up in a line, then level, or down in a line to zero at `length`."""
+def _share(step: int, warm: int, length: int) -> float:
+    """Share of the peak rate at a step: up in a line, then down in a line to zero at `length`."""
     if step < warm:
         return (step + 1) / warm
-    return 1.0 if length is None else max(0.0, (length - step) / max(1, length - warm))
+    return max(0.0, (length - step) / max(1, length - warm))
 
 
 def _log_loss(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -46,6 +46,8 @@ class Evidence:
     folds: Sequence[np.ndarray] = ()
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Unit -> what it hands on, averaged over tokens or places (rows, width)."""
+    bypassed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Unit -> what the last unit hands on where this one hands on what it was given (rows, width)."""
     gradients: Gradients | None = None
     """At a head that has been fitted; at a random one they measure the distance to a random head."""
 
@@ -58,7 +60,7 @@ class Signal(Part, ABC):
     paper: ClassVar[str]
     limits: ClassVar[str]
     """What it can't see, in one sentence."""
-    needs: ClassVar[Literal["features", "gradients", "weights"]]
+    needs: ClassVar[Literal["features", "bypass", "gradients", "weights"]]
 
     @property
     def name(self) -> str:

@@ -17,15 +17,20 @@ WIDEST = 512
 """Principal components that stand in for features that are wider."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """What one probe has read, out of fold."""
 
     accuracy: float
     error: float
     """Standard error of the accuracy, over rows."""
-    loss: float
-    """Mean negative log-likelihood."""
+    losses: np.ndarray
+    """Negative log-likelihood of each row (rows,)."""
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood."""
+        return float(self.losses.mean())
 
 
 class LinearProbe(Signal):
@@ -64,7 +69,7 @@ def probe(features: np.ndarray, labels: np.ndarray, folds: Sequence[np.ndarray])
         _, strength, (losses[held], right[held]) = min(tried, key=lambda each: each[0])
     judged = np.concatenate(list(folds))
     share = float(right[judged].mean())
-    return Reading(share, float(np.sqrt(share * (1 - share) / len(judged))), float(losses[judged].mean()))
+    return Reading(share, float(np.sqrt(share * (1 - share) / len(judged))), losses[np.sort(judged)])
 
 
 def standard(features: np.ndarray) -> np.ndarray:
