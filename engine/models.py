@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def config(recipe: Recipe, facts: Facts, root: Path) -> Any:
     if facts.problem:
         settings["problem_type"] = facts.problem
     place, revision = source(recipe.model, root), recipe.model.revision
-    with _said_plainly(recipe.model):
+    with _said_plainly(recipe.model), quietly():
         packs = packed.file(recipe.model, place)
         written, _ = transformers.PreTrainedConfig.get_config_dict(place, revision=revision, **packs)
         trust.refuse_config(recipe.model, written)
@@ -114,7 +115,7 @@ def processor(recipe: Recipe, root: Path, bones: nn.Module | None = None) -> Any
     With the model or its skeleton, a tokenizer's limit is brought down to the positions that the model has.
     """
     kind, place = getattr(transformers, recipe.task.processor), source(recipe.model, root)
-    with _said_plainly(recipe.model):
+    with _said_plainly(recipe.model), quietly():
         made = kind.from_pretrained(
             place,
             revision=recipe.model.revision,
@@ -301,13 +302,16 @@ def _said_plainly(model: Model) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """No bars and no load report: what they say is said in the run's own notes."""
+    """No bars, no load report, no tale of every try to reach the Hub: what they say is said in the run's own words."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, hub = logging.get_verbosity(), getLogger("huggingface_hub")
+    hub_level = hub.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub.setLevel(CRITICAL)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.setLevel(hub_level)

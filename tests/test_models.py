@@ -264,6 +264,20 @@ def test_hub_out_of_reach_is_one_sentence(tmp_path: Path) -> None:
     assert said.startswith("no-one/nothing is not on this machine and the Hub can't be reached: check the network")
 
 
+@pytest.mark.slow
+def test_of_a_hub_out_of_reach_its_client_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("{model: no-one/nothing, task: text-classification, data: no-one/rows}")
+    deaf = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}  # nobody listens
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.cli", "plan", str(tmp_path / "a.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | deaf,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1), done.stderr
+    assert done.stderr.startswith("no-one/nothing is not on this machine and the Hub can't be reached")
+
+
 class GatedRepoError(OSError):
     """As transformers passes it on."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +74,43 @@ def test_tensorboard_shows_what_is_on_record_after_a_kill_as_well(tmp_path: Path
     alike(staged.folder(root))
     assert staged.run(root, "--fresh") == [0]
     assert not (staged.folder(root) / "frostline").exists()
+
+
+def into(folder: Path) -> staged.Plant:
+    """Has trackio keep its runs in a folder, and no process look for the Hub."""
+    return lambda rank: os.environ.update(TRACKIO_DIR=str(folder), HF_HUB_OFFLINE="1")
+
+
+def kept(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What trackio itself reads of the only run in its folder, in a process of its own: steps and values by name."""
+    code = """
+import json, trackio
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = trackio.Api().runs("frostline")
+print(json.dumps({"run": run.name, "seed": run.config["seed"], "rows": SQLiteStorage.get_logs("frostline", run.name)}))
+"""
+    environment = os.environ | {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["run"], said["seed"]) == ("staged", 3)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in said["rows"]:
+        for name in row.keys() - {"step", "timestamp"}:
+            found.setdefault(name, []).append((row["step"], row[name]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trackio_keeps_what_is_on_record_of_the_first_process_alone(tmp_path: Path, ranks: int) -> None:
+    root = staged.place(tmp_path)
+    codes = staged.run(root, "--log-with", "trackio", ranks=ranks, plant=into(tmp_path / "trackio"))
+    assert codes == [0] * ranks, staged.said(root)
+    seen, said = kept(tmp_path / "trackio"), recorded(staged.folder(root))
+    assert {"train/loss", "train/learning_rate", "validation/accuracy", "stage/peak_bytes"} <= set(said) <= set(seen)
+    for name, points in said.items():
+        assert [at for at, _ in seen[name]] == [at for at, _ in points], name
+        assert [value for _, value in seen[name]] == pytest.approx([value for _, value in points], rel=1e-9), name
 
 
 @pytest.mark.slow
@@ -146,8 +186,6 @@ def test_a_wrong_tracker_is_one_sentence_before_anything_is_read(
 
 
 def test_a_wrong_tracker_is_refused_without_torch() -> None:
-    import subprocess
-
     code = "import sys, engine.tracking; print('torch' in sys.modules, 'accelerate' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
