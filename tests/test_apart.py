@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from test_prompts import KINDS as VIRTUAL_KINDS
 
 from engine.adapters import UNFIT, WHOLE, config
+from engine.export import export
 from engine.prompts import PROMPTS, TASKS
 from engine.records import Proved, Step
 
@@ -220,23 +221,32 @@ def test_it_trains_a_llama(tmp_path: Path, kind: str) -> None:
     assert put_together(root, "AutoModelForCausalLM", "[[2, 5, 7, 9, 11, 3]]") <= 1e-5
 
 
-def put_together(root: Path, auto: str, ids: str) -> float:
+@pytest.mark.slow
+def test_exported_adapters_are_put_together_as_well(tmp_path: Path) -> None:
+    root = place(tmp_path, tiny.bert())
+    adapter = {"type": "lora", "r": 4, "target_modules": ["query", "value"]}
+    run(root, freeze=FROZEN, adapters=[adapter], stages=[stage(unfreeze="@blocks[-2:]", steps=4)])
+    folder, _ = export(root / "runs/recipe", "adapter", root=root)
+    assert put_together(root, "AutoModelForSequenceClassification", "[[2, 5, 7, 9, 11, 3]]", folder) <= 1e-5
+
+
+def put_together(root: Path, auto: str, ids: str, adapter: Path | None = None) -> float:
     """Run the README's own code in a clean process; how far its logits are from those of the merged model."""
     made = root / "runs/recipe"
-    readme = (made / "adapter/README.md").read_text()
+    readme = ((adapter or made / "adapter") / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert code
     script = f"""
 import torch, transformers
 transformers.utils.logging.disable_progress_bar()
 {code[1].replace("'model'", repr(str(root / "model")))}
-merged = transformers.{auto}.from_pretrained("model").eval()
+merged = transformers.{auto}.from_pretrained({str(made / "model")!r}).eval()
 ids = torch.tensor({ids})
 with torch.no_grad():
     ours, other = model(input_ids=ids).logits, merged(input_ids=ids).logits
 print("apart", float((ours - other).abs().max()), float(other.std()))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=made, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=adapter or made, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     apart, spread = map(float, done.stdout.split("apart")[1].split())
     assert spread > 1e-4
