@@ -1,8 +1,9 @@
 """What a run says of itself, to trackers as well: TensorBoard, trackio, wandb and whatever else accelerate logs with.
 
-metrics.jsonl stays the record; a tracker gets the same numbers on one axis of steps through all stages. It learns of
-nothing else than the recipe, which holds no secrets, and decides nothing: one that fails while a run is under way is
-told of once and left, and the run goes on. Only the main process logs.
+metrics.jsonl stays the record; a tracker gets the same numbers on one axis of steps through all stages. From here it
+learns of nothing else than the recipe, which holds no secrets; what it finds out by itself (who is logged in, the
+machine's load) its own settings say, and trackio's watch over the machine is off. It decides nothing: one that fails
+while a run is under way is told of once and left, and the run goes on. Only the main process logs.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def _begun(
     from accelerate.tracking import filter_trackers
 
     how: dict[str, dict[str, Any]] = {one: {"name": name} for one in ("trackio", "wandb")}
+    how["trackio"] |= {"auto_log_cpu": False, "auto_log_gpu": False}
     how["swanlab"] = {"experiment_name": name}
     how["tensorboard"] = {"purge_step": last + 1} if last else {}
     try:

@@ -87,12 +87,13 @@ def kept(folder: Path) -> dict[str, list[tuple[int, float]]]:
 import json, trackio
 from trackio.sqlite_storage import SQLiteStorage
 (run,) = trackio.Api().runs("frostline")
-print(json.dumps({"run": run.name, "seed": run.config["seed"], "rows": SQLiteStorage.get_logs("frostline", run.name)}))
+rows, machine = SQLiteStorage.get_logs("frostline", run.name), SQLiteStorage.get_system_logs("frostline", run.name)
+print(json.dumps({"run": run.name, "seed": run.config["seed"], "rows": rows, "machine": machine}))
 """
     environment = os.environ | {"TRACKIO_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     said = json.loads(done.stdout.splitlines()[-1])
-    assert (said["run"], said["seed"]) == ("staged", 3)
+    assert (said["run"], said["seed"], said["machine"]) == ("staged", 3, [])
     found: dict[str, list[tuple[int, float]]] = {}
     for row in said["rows"]:
         for name in row.keys() - {"step", "timestamp"}:
