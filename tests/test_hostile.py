@@ -194,8 +194,12 @@ ROWS: list[tuple[Change, str]] = [
     (rows("train.jsonl", b'{"text": "a", "label": ' + b"[" * 900 + b"]" * 900 + b"}"), "train.jsonl can't be read"),
     (rows("train.jsonl", b'{"text": "a", "label": "\xff\xfe"}'), "train.jsonl can't be read"),
     (rows("rows.py", b"raise SystemExit(99)"), "holds no file that can be read as data"),
-    (spread("text,label", "a,film {},good"), "train.csv has rows with more cells than its header has names"),
-    (spread("text;label", "a film;{}"), "no column looks like `text` among text;label"),
+    (spread("text,label", "a,film {},good"), "train.csv, row 1: it has more cells than its header has names, 3 and 2"),
+    (spread("text;label", "a film;{}"), "row 1: it and the header have `;` between their cells, not `,`; save the"),
+    (spread("text;label", "a film, {};good"), "row 1: it and the header have `;` between their cells, not `,`; save"),
+    (rows("train.csv", b"text,label\na,x\n\nb;y\n"), "row 2: of 2 cells it has 1 by `,` as the header has them, and 2"),
+    (rows("train.csv", b'text,label\n"a\nb",x\nb,y,z\n'), "row 2: it has more cells than its header has names, 3"),
+    (rows("train.tsv", b"text\tlabel\na,x\nb,y\n"), "train.tsv, row 1: of 2 cells it has 1 by a tab"),
     (spread("text,label", '"a film {},good'), "train.csv"),
 ]
 

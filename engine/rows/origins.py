@@ -17,7 +17,7 @@ from typing import Any
 from engine import packages
 from engine.errors import ENVIRONMENT, Key, PlanError, Problem, RunError
 from engine.recipe import Data
-from engine.rows import mediafolders
+from engine.rows import delimiters, mediafolders
 
 BUILDERS = ("csv", "json", "parquet", "text")
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -173,20 +173,31 @@ def _read(files: tuple[Path, ...], name: str, builder: str | None, streaming: bo
         raise PlanError([Problem(_PATH, f"{name} is no file of rows", f"files of rows end in {', '.join(SUFFIXES)}")])
     # pandas would read a text such as `NA`, `None` or `null` as missing; only an empty cell is.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-    if kind == "csv" and files[0].suffix == ".tsv":
-        options["sep"] = "\t"
+    if kind == "csv":
+        options["sep"] = delimiters.of(files[0])
     for file in files:
         _refuse_file(file)
-    with quietly(), reading(name):
+    if kind == "csv" and streaming:
+        _refuse_uneven(files, delimiters.FIRST)
+    with quietly(), reading(name, files if kind == "csv" else ()):
         listed = [glob.escape(str(file)) for file in files]
         if streaming:
             return load_dataset(kind, data_files=listed, split="train", streaming=True, **options)
         rows = load_dataset(kind, data_files=listed, split="train", **options)
         rows.data.table.validate(full=True)  # JSON's reader takes bytes that are no UTF-8 for text
+    table = rows.data.table
+    if kind == "csv" and (table.num_columns == 1 or table.column(table.num_columns - 1).null_count):
+        _refuse_uneven(files)
     if "__index_level_0__" in rows.column_names:  # pandas takes the first cells for names of the rows
+        _refuse_uneven(files)
         what = f"{name} has rows with more cells than its header has names"
         raise PlanError([Problem(_PATH, what, "put cells that hold the delimiter in quotes")])
     return rows
+
+
+def _refuse_uneven(files: tuple[Path, ...], most: int | None = None) -> None:
+    if problem := delimiters.uneven(files, _PATH, most):
+        raise PlanError([problem])
 
 
 def _refuse_file(file: Path) -> None:
@@ -204,8 +215,8 @@ def _refuse_file(file: Path) -> None:
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turns the many ways in which rows can't be read into one sentence."""
+def reading(name: str, tables: tuple[Path, ...] = ()) -> Iterator[None]:
+    """Turns the many ways in which rows can't be read into one sentence; `tables` are csv files to look at again."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -218,6 +229,7 @@ def reading(name: str) -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and not isinstance(cause, ValueError) and cause.errno:
             raise _unreadable(name, cause) from error
+        _refuse_uneven(tables)
         said = _first_line(cause)
         if not said or "corresponds to no data" in said:
             said = "it holds no rows"
