@@ -252,8 +252,9 @@ def _line(search: _Search, cuts: list[Call], saved: float) -> Line:
 
 
 def _coarsest(seen: Trace) -> torch.dtype:
-    """The coarsest type of any module's output: what autocast makes of the weights' own."""
+    """The coarsest type of any module's output, which autocast makes of the weights' own, or of those themselves."""
     types = {call.tensor.dtype for call in seen.calls if call.tensor is not None and call.tensor.is_floating_point()}
+    types |= {weight.dtype for weight in seen.model.parameters() if weight.is_floating_point()}
     return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -28,6 +28,7 @@ from engine.devices.processes import agree, alike
 from engine.errors import PlanError, Problem
 from engine.frost.prefix import Cache
 from engine.frost.shortcut import Shortcut, open_shortcut
+from engine.modelling import narrowing
 from engine.plan import Stage
 from engine.randomness import seed_draws, stable_seed
 from engine.recipe import Recipe
@@ -186,6 +187,8 @@ class Learner:
         """Take the adapters off; merged, they have moved the weights below them."""
         before = {name: parameter.data_ptr() for name, parameter in freezing.parameters(self.model).items()}
         tuned = adapters.adapted(self.model)
+        if how == "merge":
+            narrowing.widen(self.model, tuned)
         adapters.detach(self.model, how)
         if how == "merge":
             self.moved |= {name for name in before if name.rpartition(".")[0] in tuned}

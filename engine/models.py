@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.adapters import attach, rewrites, try_merging
 from engine.adapters import config as adapter_config
 from engine.errors import ENVIRONMENT, FrostlineError, PlanError, Problem, RunError
-from engine.modelling import packed, quantizing, trust, vocabulary
+from engine.modelling import narrowing, packed, quantizing, trust, vocabulary
 from engine.modelling.outlining import outline, pictured
 from engine.optim import schedule_problems
 from engine.outline import Outline
@@ -172,7 +172,8 @@ def load(
     """The real model in float32 or the recipe's `dtype`, its new parts initialised from the recipe's seed alone.
 
     `prepares` is what `processor` made: where it is a tokenizer, the model pads as that does. `bones` is the skeleton,
-    where there is one already. What `plan` never trains is quantised, where the recipe says so and there is a plan.
+    where there is one already. What `plan` never trains is quantised or kept in `frozen_dtype`, where the recipe says
+    so and there is a plan.
     """
     settings, place = config(recipe, facts, root), source(recipe.model, root)
     trust.refuse_weights(recipe.model, place)
@@ -203,6 +204,7 @@ def load(
     notes += [f"`{name}` has another shape in the checkpoint and starts afresh" for name in sorted(mismatched)]
     if info["unexpected_keys"]:
         notes.append(f"{len(info['unexpected_keys'])} tensors of the checkpoint have no place in this model")
+    narrowing.narrow(model, recipe.model, plan)
     return Loaded(model, tuple(random), tuple(notes))
 
 
@@ -234,6 +236,7 @@ def draft(
     recipe: Recipe, bones: nn.Module, examples: int, random: tuple[str, ...] = (), sizes: Sizes | None = None
 ) -> tuple[Plan, Outline]:
     """The plan of a recipe for a skeleton, adapters attached to it, and the outline that the plan was made from."""
+    narrowing.refuse(recipe)
     bare = replace(outline(bones, random), grown=vocabulary.tables(bones) if recipe.model.grows else ())
     wanted = attachments(recipe, bare)
     for attachment in wanted:

@@ -99,6 +99,8 @@ class Outline:
     """Parameters with rows for tokens that the recipe adds, which no checkpoint fills either."""
     tokens: int = 0
     """Tokens of the text that `flops` stand for; 0 where the model takes no text."""
+    narrow: int = 0
+    """Elements of weights that a run keeps in the recipe's `frozen_dtype`."""
     measured: bool = True
     """Whether order and FLOPs come from a traced forward pass; otherwise from definition order and sizes."""
 

@@ -17,6 +17,7 @@ from engine.errors import PlanError, Problem
 from engine.outline import Outline, Parameter, below
 from engine.planning.forecast import Costs, Forecast, Sizes, forecast
 from engine.planning.layers import Layer, LayerState, layers, states
+from engine.planning.narrowed import narrowed
 from engine.planning.openings import Attachment, Opening, StageOpenings, resolve
 from engine.prompts import virtual_tokens
 from engine.recipe import Recipe
@@ -128,6 +129,7 @@ def make(recipe: Recipe, outline: Outline, examples: int, sizes: Sizes | None = 
     problems = list(openings.problems) + _untrained(openings.stages, outline)
     if problems:
         raise PlanError(problems)
+    outline = replace(outline, narrow=narrowed(recipe, outline, openings.stages))
     optimizer_bytes = _optimizer_bytes(recipe.training.optim)
     drawn, sizes = layers(outline), sizes or Sizes.assumed(examples, outline.tokens)
     stages: list[Stage] = []

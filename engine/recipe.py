@@ -56,6 +56,9 @@ class Model(Part):
     """Name of a GGUF file there, whose weights are unpacked as they are read."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights in memory; what trains is always float32."""
+    frozen_dtype: Literal["bfloat16", "float16"] | None = None
+    """Precision of the matrices that no stage trains as weights, `bfloat16` or `float16`: half their memory. Whatever
+    trains, the norms and the activations stay float32, and what is saved has those matrices rounded."""
     quantization_config: dict[str, Any] | None = None
     """Frozen weights in 8 or 4 bits, in the fields of transformers' own class: `{quant_method: bitsandbytes,
     load_in_4bit: true}`, or `{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`. What a stage trains as weights

@@ -165,6 +165,19 @@ def test_whatever_is_in_the_papers_stays_text(ran: Path, tmp_path: Path, payload
     assert payload in page.text
 
 
+def test_a_run_that_is_older_than_forecasts_has_its_report(ran: Path, tmp_path: Path) -> None:
+    """Its plan foretells neither memory nor time; the page says so and everything else."""
+    for file in ("recipe.yaml", "plan.json", "manifest.json", "metrics.jsonl", "confusion.json"):
+        (tmp_path / file).write_bytes((ran / file).read_bytes())
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    for stage in plan["stages"]:
+        del stage["forecast"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    page = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "The proof" in page.text
+    assert [row.forecast for row in report.stages(report.read(tmp_path))] == [None, None]
+
+
 def test_a_folder_without_papers_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run's folder") as caught:
         report.write(tmp_path)

@@ -31,6 +31,9 @@ def refuse(recipe: Recipe, accelerator: Accelerator) -> None:
     if recipe.model.dtype != "float32":
         what = "FSDP2 gathers a layer's weights in one precision, and those that train are float32"
         raise PlanError([Problem(("model", "dtype"), what, "leave the key out")])
+    if recipe.model.frozen_dtype is not None:
+        what = "FSDP2 splits weights in one precision, and frozen ones would have another"
+        raise PlanError([Problem(("model", "frozen_dtype"), what, "use DDP, or leave the key out")])
     if recipe.model.quantization_config is not None:
         what = "FSDP2 splits weights in one precision, and those that are quantised have another"
         raise PlanError([Problem(("model", "quantization_config"), what, "use DDP, or leave the key out")])

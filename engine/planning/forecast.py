@@ -230,10 +230,10 @@ def _replayed(recipe: Recipe, costs: Costs, sizes: Sizes, steps: int, steps_per_
 
 
 def _held(recipe: Recipe, costs: Costs, frozen: int) -> float:
-    """Bytes of so many frozen elements; where they are quantised, those of linear modules take 8 or 4 bits each."""
+    """Bytes of so many frozen elements; those of linear modules may take 8 or 4 bits each, or 16."""
     item, fields = ITEM[recipe.model.dtype], recipe.model.quantization_config
     if fields is None:
-        return item * frozen
+        return item * frozen - (item - ITEM[recipe.model.frozen_dtype or "float32"]) * costs.outline.narrow
     linear, trained = {m.name for m in costs.outline.modules if m.kind == "Linear"}, {p.name for p in costs.trained}
     matrices = (p for p in costs.outline.parameters if p.module in linear and p.adapter is None and len(p.shape) > 1)
     packed = sum(parameter.size for parameter in matrices if parameter.name not in trained)

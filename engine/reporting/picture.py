@@ -65,8 +65,8 @@ class Column:
     cost: float
     cached_cost: float
     opens: tuple[str, ...]
-    memory: tuple[int, int]
-    """Bytes at the peak, as forecast: on a GPU, on a CPU."""
+    memory: tuple[int, int] | None
+    """Bytes at the peak, as forecast: on a GPU, on a CPU; None where the plan is older than forecasts."""
     disk: int
     """Bytes that the cache will take."""
     seconds: float | None
@@ -142,6 +142,7 @@ def _cell(layer: Mapping[str, Any], state: Mapping[str, Any], line: bool) -> Cel
 
 
 def _column(stage: Mapping[str, Any], whole: int) -> Column:
+    told = stage.get("forecast")  # a kept run may be older than forecasts
     return Column(
         name=stage["name"],
         learning_rates=tuple(sorted({group["learning_rate"] for group in stage["groups"]}, reverse=True)),
@@ -153,9 +154,9 @@ def _column(stage: Mapping[str, Any], whole: int) -> Column:
         cost=stage["cost"],
         cached_cost=stage["cached_cost"],
         opens=tuple(opening["pattern"] for opening in stage["opens"]),
-        memory=(stage["forecast"]["memory"]["total"], stage["forecast"]["memory"]["process"]),
-        disk=stage["forecast"]["cache_bytes"],
-        seconds=stage["forecast"]["seconds"],
+        memory=(told["memory"]["total"], told["memory"]["process"]) if told else None,
+        disk=told["cache_bytes"] if told else 0,
+        seconds=told["seconds"] if told else None,
     )
 
 
@@ -237,8 +238,8 @@ def _figures(columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
         ("optimizer + gradients", [weight(column.bytes) for column in columns]),
         ("work of a step", [portion(column.cost) for column in columns]),
         ("with replay", [portion(column.cached_cost) for column in columns]),
-        ("memory on a GPU", [weight(column.memory[0]) for column in columns]),
-        ("memory on a CPU", [weight(column.memory[1]) for column in columns]),
+        ("memory on a GPU", [weight(column.memory[0]) if column.memory else "-" for column in columns]),
+        ("memory on a CPU", [weight(column.memory[1]) if column.memory else "-" for column in columns]),
         ("kept on disk", [weight(column.disk) if column.disk else "-" for column in columns]),
         ("time, estimate", [duration(column.seconds) for column in columns]),
     ]
