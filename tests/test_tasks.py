@@ -150,6 +150,7 @@ def test_balance_is_told(tmp_path: Path) -> None:
         (["a", "b"], None, None, MULTI, "needs a list of labels in every row, but `label` of train.jsonl"),
         ([0, 1, -1], None, ClassLabel(num_classes=2), None, "train.parquet, row 3: `label` is -1, but there are 2 cl"),
         ([0, 1], [1, 2], None, None, "validation.jsonl, row 2: the label `2` is in no training row"),
+        ([0, 1], [1, 2], ClassLabel(names=["x", "y", "z"]), None, "row 2: the label `z` is in no training row"),
         (["a", "b"], ["b", "a", "c", "c"], None, None, "row 3: the label `c` is in no training row (2 rows in all)"),
         ([-100, -100], None, None, None, "train.jsonl: every label is -100, which the loss ignores"),
         ([0, 1, -100], None, None, None, "train.jsonl, row 3: `label` is -100, which the loss ignores"),

@@ -61,6 +61,9 @@ class _Runner:
         outputs = self.answer({name: value.numpy() for name, value in taken.items()})
         return ModelOutput({name: torch.from_numpy(value) for name, value in outputs.items()})
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)  # what a task asks a model about itself, such as its frames of a recording
+
 
 def score(file: Path, recipe: Recipe, model: nn.Module, split: Split, collate: Any, facts: Facts) -> dict[str, float]:
     """The recipe's metrics of an ONNX file's answers on every row of a split; `model` says what it is an export of."""

@@ -85,10 +85,11 @@ def _classes(tables: Mapping[str, Table]) -> Facts:
     if declared := getattr(train.features[LABEL], "names", None):
         stop_at(_out_of_range(tables[split], names, declared) for split, names in values.items())
         labels, form = tuple(declared), "ids"
+        known, called = pc.unique(values["train"]).to_pylist(), labels
     else:
         labels, form = _discover(pc.unique(values["train"]).to_pylist(), train)
-        known = [str(index) for index in range(len(labels))] if form == "ids" else labels
-        stop_at(_unseen(tables[split], names, known) for split, names in values.items())
+        known, called = [str(index) for index in range(len(labels))] if form == "ids" else labels, ()
+    stop_at(_unseen(tables[split], names, known, called) for split, names in values.items())
     counts = Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(values["train"]).to_pylist()})
     if len(counts) < 2:
         name = labels[int(next(iter(counts)))] if form == "ids" else next(iter(counts))
@@ -151,12 +152,14 @@ def _out_of_range(table: Table, names: pa.ChunkedArray, declared: Sequence[str])
     return bad_rows(table, LABEL, beyond, what, "-1 often stands for a label that is kept secret: take another split")
 
 
-def _unseen(table: Table, names: pa.ChunkedArray, known: Sequence[str]) -> Problem | None:
+def _unseen(table: Table, names: pa.ChunkedArray, known: Sequence[str], called: Sequence[str] = ()) -> Problem | None:
+    """The problem of the first row whose label no training row has; `called` are the names of declared ids."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     unseen = pc.invert(pc.is_in(names, value_set=pa.array(known, names.type)))
-    what = f"the label `{_first(names, unseen)}` is in no training row"
+    first = _first(names, unseen)
+    what = f"the label `{called[int(first)] if called and first else first}` is in no training row"
     return bad_rows(table, LABEL, unseen, what, "add training rows of it or leave the row out")
 
 
