@@ -1,7 +1,7 @@
 """`frostline advise`: loads the user's own model and rows once, climbs the ladder, and leaves an answer in a folder.
 
-Whatever ends it, a budget or a signal, what has been found until then is written: advice.json, advice.html, advice.png
-and the recipe. It reads no test split and trains nothing that is kept.
+Whatever ends it, a budget or a signal, what has been found until then is written: advice.json, advice.html and the
+recipe. It reads no test split and trains nothing that is kept.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class Model(Part):
     """Precision of the weights in memory; what trains is always float32."""
     frozen_dtype: Literal["bfloat16", "float16"] | None = None
     """Precision of the matrices that no stage trains as weights, `bfloat16` or `float16`: half their memory. Whatever
-    trains, the norms and the activations stay float32, and what is saved has those matrices rounded."""
+    trains, the norms and the activations stay float32, and what is saved has those matrices rounded. A processor that
+    has no instructions for such products is slower by it."""
     quantization_config: dict[str, Any] | None = None
     """Frozen weights in 8 or 4 bits, in the fields of transformers' own class: `{quant_method: bitsandbytes,
     load_in_4bit: true}`, or `{quant_method: torchao, quant_type: Int8WeightOnlyConfig}`. What a stage trains as weights

@@ -141,14 +141,14 @@ def test_adapters_learn_on_it_as_they_do_on_float32(tmp_path: Path, kind: str) -
             root,
             model=model,
             task="text-generation",
-            freeze=["*"],
-            adapters=[{"type": "lora", "r": 4, "target_modules": "all-linear"}],
+            freeze=[".*"],
+            adapters=[{"type": "lora", "r": 4, "target_modules": [".*_proj"]}],
             stages=[stage(unfreeze="@blocks", steps=40)],
             training={"logging_steps": 5},
         )
         losses.append(torch.tensor([event.loss for event in events(happened, Step)]))
-    assert losses[1][-1] < 0.9 * losses[1][0]
-    assert 0 < (losses[0] - losses[1]).abs().max() < 0.02 * losses[0][0]
+    assert losses[1][-1] < losses[1][0] - 0.1
+    assert 0 < (losses[0] - losses[1]).abs().max() < 0.02
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
